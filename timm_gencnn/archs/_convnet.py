@@ -63,7 +63,7 @@ class ConvNet(nn.Module):
         _check_global_pool(global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.drop_rate = drop_rate
         self.feature_info: list[dict[str, Any]] = []
 
@@ -72,7 +72,11 @@ class ConvNet(nn.Module):
             self.add_module(name, layer)
             if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
                 size = _output_size(layer, size)
-                reduction *= layer.stride if isinstance(layer.stride, int) else layer.stride[0]
+                if min(size) < 1:
+                    raise ValueError(
+                        f'img_size {self.img_size} is too small for {type(self).__name__}: give a larger one'
+                    )
+                reduction *= _side(layer.stride)
             if isinstance(layer, nn.Conv2d):
                 channels = layer.out_channels
             if name in taps:
@@ -190,14 +194,16 @@ class ConvNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _output_size(layer: nn.Conv2d | nn.MaxPool2d, size: tuple[int, ...]) -> tuple[int, int]:
-    """Spatial size after a layer without dilation: Caffe rounds down for convolutions and up for pooling."""
-    kernel, stride, padding = (
-        v if isinstance(v, int) else v[0] for v in (layer.kernel_size, layer.stride, layer.padding)
-    )
-    rounding = math.ceil if isinstance(layer, nn.MaxPool2d) and layer.ceil_mode else math.floor
+def _output_size(layer: nn.Conv2d | nn.MaxPool2d, size: tuple[int, int]) -> tuple[int, int]:
+    """Spatial size after a square layer: Caffe rounds down for convolutions and up for pooling."""
+    kernel, stride, padding = (_side(v) for v in (layer.kernel_size, layer.stride, layer.padding))
+    rounding = math.ceil if isinstance(layer, nn.MaxPool2d) else math.floor
     height, width = (rounding((s + 2 * padding - kernel) / stride) + 1 for s in size)
     return height, width
+
+
+def _side(value: Any) -> int:
+    return value if isinstance(value, int) else value[0]
 
 
 def _check_global_pool(global_pool: str | None) -> None:

@@ -27,7 +27,7 @@ class LeNet(ConvNet):
     Args:
         num_classes: Number of classes; 0 leaves the 500 features of `fc1` as the output.
         in_chans: Number of image channels.
-        img_size: Image side, or (height, width), in pixels; at least 16. `fc1` is sized for it.
+        img_size: Image side, or (height, width), in pixels; at least 13. `fc1` is sized for it.
         global_pool: Accepted for timm's sake; `fc1` reads the whole map, so only '' is valid.
         drop_rate: Dropout rate before the classifier (0 as published).
     """
