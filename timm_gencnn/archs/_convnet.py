@@ -106,7 +106,7 @@ class ConvNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the layer groups, by depth, for layer-wise learning rate decay."""
-        return {'stem': r'^conv1', 'blocks': r'^(?:conv|fc)(\d+)'}
+        return {'stem': r'^conv1', 'convs': r'^conv(\d+)', 'fcs': r'^fc(\d+)'}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

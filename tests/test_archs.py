@@ -1,0 +1,158 @@
+"""The paper's networks against the literature, and as timm models."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+import timm_gencnn  # noqa: F401  (registers the architectures)
+from timm_gencnn.archs import AlexNet, LeNet, ZFNet
+
+NAMES = ['lenet', 'alexnet', 'zfnet']
+
+
+@pytest.mark.parametrize(
+    ('name', 'parameters'),
+    [('lenet', 431_080), ('alexnet', 60_965_224), ('zfnet', 62_357_608)],
+)
+def test_parameter_count_is_that_of_the_literature(name, parameters):
+    model = timm.create_model(name, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ('name', 'channels', 'sides'),
+    [
+        ('lenet', [20, 50, 50], [24, 8, 4]),  # examples/mnist/lenet_train_test.prototxt
+        ('alexnet', [96, 256, 384, 384, 256, 256], [55, 27, 13, 13, 13, 6]),  # Krizhevsky et al., Figure 2
+        ('zfnet', [96, 256, 384, 384, 256, 256], [110, 26, 13, 13, 13, 6]),  # Zeiler and Fergus, Figure 3
+    ],
+)
+def test_maps_are_those_of_the_literature(name, channels, sides):
+    model = timm.create_model(name, device='meta')
+    maps = model.forward_intermediates(
+        torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'), intermediates_only=True
+    )
+    assert [m.shape[1:] for m in maps] == [(c, s, s) for c, s in zip(channels, sides, strict=True)]
+
+
+@pytest.mark.parametrize(('arch', 'smallest'), [(LeNet, 13), (AlexNet, 39), (ZFNet, 47)])
+def test_first_fully_connected_layer_fits_every_image_size(arch, smallest):
+    for height in [*range(smallest, smallest + 30), 64]:
+        model = arch(img_size=(height, smallest + 3), num_classes=7, device='meta')
+        images = torch.empty(2, model.in_chans, height, smallest + 3, device='meta')
+        assert model(images).shape == (2, 7)
+    with pytest.raises(ValueError, match=f'img_size .*{smallest - 1}.* too small for {arch.__name__}'):
+        arch(img_size=smallest - 1, device='meta')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_wrong_image_size_is_an_error_that_names_the_right_one(name):
+    model = timm.create_model(name, img_size=64, device='meta')
+    with pytest.raises(ValueError, match=r'\(64, 64\)'):
+        model(torch.empty(1, model.in_chans, 96, 96, device='meta'))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_timm_interface(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=64, num_classes=7, in_chans=2).eval()
+    images = torch.randn(2, 2, 64, 64)
+    logits = model(images)
+    assert logits.shape == (2, 7)
+    assert (model.num_classes, model.in_chans) == (7, 2)
+
+    features = model.forward_features(images)
+    assert torch.equal(model.forward_head(features), logits)
+    hidden = model.forward_head(features, pre_logits=True)
+    assert hidden.shape == (2, model.head_hidden_size)
+    assert torch.equal(model.get_classifier()(hidden), logits)
+
+    last, maps = model.forward_intermediates(images)
+    assert torch.equal(last, features)
+    assert len(maps) == len(model.feature_info)
+    early = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
+    assert len(early) == 2
+    assert torch.equal(early[1], maps[1])
+    with pytest.raises(ValueError, match='NCHW'):
+        model.forward_intermediates(images, output_fmt='NLC')
+
+    net = timm.create_model(name, img_size=64, in_chans=2, features_only=True).eval()
+    net.load_state_dict(model.state_dict(), strict=False)
+    for out, expected in zip(net(images), maps, strict=False):
+        assert torch.equal(out, expected)
+
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3)
+    model.reset_classifier(0)
+    assert torch.equal(model(images), hidden)
+    with pytest.raises(ValueError, match='avg'):
+        model.reset_classifier(3, global_pool='avg')
+    model.set_grad_checkpointing(False)
+    with pytest.raises(ValueError, match='checkpointing'):
+        model.set_grad_checkpointing()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_cfg_names_the_first_and_last_layer(name):
+    model = timm.create_model(name, device='meta')
+    cfg = model.pretrained_cfg
+    assert model.get_submodule(cfg['first_conv']) is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert model.get_submodule(cfg['classifier']) is model.get_classifier()
+    assert cfg['fixed_input_size']
+    assert cfg['num_classes'] == model.num_classes
+    assert len(cfg['mean']) == len(cfg['std']) == model.in_chans
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_layer_decay_groups_follow_the_depth(name):
+    model = timm.create_model(name, img_size=64)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    scales = [scale[id(p)] for key, p in model.named_parameters() if key.endswith('weight')]
+    assert scales == [0.5**depth for depth in reversed(range(len(scales)))]
+
+
+def test_lenet_has_caffes_layers_and_weights():
+    torch.manual_seed(0)
+    model = LeNet()
+    kinds = [type(m).__name__ for m in model.children()]
+    assert kinds == ['Conv2d', 'MaxPool2d', 'Conv2d', 'MaxPool2d', 'Linear', 'ReLU', 'Dropout', 'Linear']
+    for layer, fan_in in [(model.conv1, 25), (model.conv2, 500), (model.fc1, 800), (model.fc2, 500)]:
+        bound = math.sqrt(3 / fan_in)
+        assert 0.97 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(fan_in), rel=0.1)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(
+    ('arch', 'groups', 'fc_std', 'biases'),
+    [
+        (AlexNet, [1, 2, 1, 2, 2], 0.005, {'conv2', 'conv4', 'conv5', 'fc6', 'fc7'}),
+        (ZFNet, [1, 1, 1, 1, 1], 0.01, set()),
+    ],
+)
+def test_imagenet_networks_have_their_groups_norms_dropout_and_weights(arch, groups, fc_std, biases):
+    torch.manual_seed(0)
+    model = arch(img_size=64)
+    assert [m.groups for m in model.modules() if isinstance(m, nn.Conv2d)] == groups
+    norms = [m for m in model.modules() if isinstance(m, nn.LocalResponseNorm)]
+    assert [(m.size, m.alpha, m.beta, m.k) for m in norms] == [(5, 1e-4, 0.75, 1.0)] * 2
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
+    assert model.fc6.weight.std().item() == pytest.approx(fc_std, rel=0.02)
+    assert model.conv2.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    ones = {
+        name for name, layer in model.named_children() if getattr(layer, 'bias', None) is not None and layer.bias.all()
+    }
+    assert ones == biases
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_compiles_without_graph_breaks(name):
+    model = timm.create_model(name, img_size=64).eval()
+    images = torch.randn(1, model.in_chans, 64, 64)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    assert torch.equal(compiled(images), model(images))
