@@ -1,0 +1,104 @@
+"""References: the stated spectrum, colours and range, and gradients that flow."""
+
+import math
+
+import pytest
+import torch
+
+from timm_gencnn import hmc
+from timm_gencnn.reference import NATURAL_COVARIANCE, Natural, White
+
+
+def draw(reference, n, seed=0):
+    return torch.randn(n, *reference.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('shape', [(3, 32, 32), (3, 24, 40), (3, 15, 21)])
+@pytest.mark.parametrize('scale', [1.0, 2.0])
+def test_natural_field_has_the_colour_covariance_of_the_table(shape, scale):
+    field = Natural(shape, scale=scale).field(draw(Natural(shape), 400)).double()
+    covariance = torch.einsum('nihw,njhw->ij', field, field) / field[:, 0].numel()
+    expected = scale**2 * torch.tensor(NATURAL_COVARIANCE, dtype=torch.float64)
+    assert ((covariance - expected).abs() / expected).max() < 0.1
+    wrong = scale**2 * torch.diag(expected.diag() / scale**2)  # uncorrelated colours are told apart
+    assert ((covariance - wrong).abs() / expected).max() > 0.5
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1.0, 1.25])
+def test_natural_field_has_the_stated_spectrum(alpha):
+    reference = Natural((1, 64, 64), mean=[0.5], std=[0.25], alpha=alpha)
+    power = torch.fft.fft2(reference.field(draw(reference, 300)).double()).abs().square().mean((0, 1))
+    frequency = torch.hypot(torch.fft.fftfreq(64)[:, None], torch.fft.fftfreq(64)[None]).double()
+    inside = (frequency >= 1 / 64) & (frequency <= 0.5)
+    x, y = frequency[inside].log(), power[inside].log() / 2
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    assert slope.item() == pytest.approx(-alpha, abs=0.02)
+
+
+def test_natural_is_stationary_under_circular_shifts():
+    reference = Natural((3, 20, 28))
+    z = draw(reference, 2)
+    shifted = torch.roll(z, (5, -9), (2, 3))
+    assert torch.allclose(reference(shifted), torch.roll(reference(z), (5, -9), (2, 3)), atol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_natural_images_are_valid_pixels_normalised_for_the_model(channels):
+    mean, std = [0.13] * channels, [0.31] * channels
+    reference = Natural((channels, 28, 28), mean, std, scale=2.0)
+    z = draw(reference, 50)
+    pixels = reference.pixels(z)
+    assert 0 <= pixels.min() < 0.01
+    assert 0.9 < pixels.max() <= 1
+    assert torch.allclose(reference(z), (pixels - 0.13) / 0.31, atol=1e-5)
+    assert pixels.median().item() == pytest.approx(0.13, abs=0.05)  # centred on the data's mean
+
+
+def test_white_is_sigma_z_and_shows_its_contrast():
+    reference = White((1, 8, 8), sigma=10.0)
+    z = draw(reference, 3)
+    assert torch.equal(reference(z), 10 * z)
+    pixels = reference.pixels(z).flatten(1)
+    assert ((pixels - 0.5).abs().amax(1) > 0.48).all()
+    assert torch.equal(pixels, White((1, 8, 8), sigma=0.1).pixels(z).flatten(1))
+
+
+@pytest.mark.parametrize('reference', [White((3, 12, 16)), Natural((3, 12, 16))])
+def test_gradient_flows_through_the_reference(reference):
+    z = draw(reference, 2).double()
+    weight = torch.linspace(-1, 1, z[0].numel(), dtype=torch.float64).view(z.shape[1:])
+    score = lambda z: (weight * reference(z)).sum((1, 2, 3))  # noqa: E731
+    _, grad = hmc.score_and_grad(score, z)
+    direction = draw(reference, 2, seed=1).double()
+    finite_difference = (score(z + 1e-5 * direction) - score(z - 1e-5 * direction)) / 2e-5
+    assert torch.allclose((grad * direction).sum((1, 2, 3)), finite_difference, rtol=1e-5)
+
+
+def test_sampling_the_reference_alone_is_exact():
+    """With f = 0 the sampler returns N(0, I) latents, and colours as in the table."""
+    reference = Natural((3, 16, 16))
+    zero = lambda z: z.flatten(1).sum(1) * 0  # noqa: E731
+    streams = hmc.Streams(0, range(300))
+    state = hmc.init(zero, streams.normal(reference.shape), streams)
+    for _ in range(3):
+        state, _ = hmc.step(state, zero, streams, torch.full((300,), 0.4), 4)
+    assert abs(state.z.mean().item()) < 4.5 / math.sqrt(state.z.numel())
+    assert abs(state.z.var().item() - 1) < 4.5 * math.sqrt(2 / state.z.numel())
+    field = reference.field(state.z).double()
+    covariance = torch.einsum('nihw,njhw->ij', field, field) / field[:, 0].numel()
+    assert ((covariance / torch.tensor(NATURAL_COVARIANCE, dtype=torch.float64)) - 1).abs().max() < 0.12
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: White((1, 8, 8), sigma=0.0), 'sigma'),
+        (lambda: White((1, 8, 8), sigma=math.nan), 'sigma'),
+        (lambda: Natural((3, 8, 8), scale=-1.0), 'scale'),
+        (lambda: Natural((3, 8, 8), alpha=-0.1), 'alpha'),
+        (lambda: Natural((1, 8, 8)), 'entries'),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
