@@ -21,6 +21,7 @@ from timm.models._hub import _PREFERRED_FILES
 from torch import nn
 
 from . import gencnn, zoo
+from .config_check import check_download
 from .generative import as_generative
 
 __all__ = ['check_checkpoint', 'register', 'register_all']
@@ -111,6 +112,9 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, log_z: Sequence[float] | None = None, **kwargs: Any) -> nn.Module:
         saved = kwargs.get('pretrained_model_args') or {}
         source = None
+        downloaded = kwargs.get('pretrained_cfg')
+        if isinstance(downloaded, dict) and downloaded.get('source') in ('hf-hub', 'local-dir'):
+            kwargs['pretrained_cfg'] = check_download(arch, downloaded, saved, pretrained, kwargs.get('cache_dir'))
         if pretrained:
             cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
             source = cfg.file or cfg.hf_hub_id or cfg.url

@@ -1,0 +1,135 @@
+"""Model cards: the README that goes to the Hub with a checkpoint.
+
+A card is a pure function of the checkpoint's config.json, its measured results and its pictures. It ends in a comment
+that holds the hash of all that is before it, which tells an untouched card from one that its owner has edited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .registry import PREFIX
+
+TEMPLATE = Path(__file__).parent / 'card_template.md'
+_SEAL = '\n<!-- written by timm_gencnn, sha256 {} -->\n'
+
+
+def render_card(
+    repo_id: str,
+    config: dict[str, Any],
+    parameters: int,
+    *,
+    results: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    pictures: Sequence[dict[str, Any]] = (),
+    gallery_dataset: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Render the README of a checkpoint.
+
+    Args:
+        repo_id: 'USER/REPO' on the Hub.
+        config: The checkpoint's config.json.
+        parameters: Number of parameters.
+        results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one) and `split`.
+        recipe: How the checkpoint was made. The card shows `command`.
+        pictures: One per node, as `describe_pictures` makes them, with `path` in the repository.
+        gallery_dataset: Data set repository that holds the whole gallery.
+        license: Identifier of the weights' licence, as the Hub writes it ('apache-2.0', 'mit', ...).
+
+    Returns:
+        Markdown with the Hub's metadata block, sealed.
+    """
+    results, recipe = results or {}, recipe or {}
+    name = repo_id.split('/')[-1]
+    dataset: str | None = results.get('dataset')
+    split = results.get('split', 'test')
+    metrics = {key: value for key, value in results.items() if type(value) in (int, float)}
+    on_hub = dataset is not None and re.fullmatch(r'[\w.-]+/[\w.-]+', dataset)
+    plain_architecture = config['architecture'].removeprefix(PREFIX)
+    data = ModelCardData(
+        license=license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'timm_gencnn', 'image-classification', 'generative-model', 'energy-based-model'],
+        datasets=[dataset] if dataset and on_hub else None,
+        model_name=name if metrics else None,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=re.sub(r'[^\w./-]+', '-', dataset or 'unknown').lower(),
+                dataset_name=dataset or 'unknown',
+                dataset_split=split,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in metrics.items()
+        ]
+        or None,
+        widget=[{'text': picture['node'], 'output': {'url': picture['path']}} for picture in pictures] or None,
+    )
+    channels, height, width = config['pretrained_cfg']['input_size']
+    regimes = {picture['regime'] for picture in pictures}
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        model_name=name,
+        architecture=config['architecture'],
+        plain_architecture=plain_architecture,
+        in_timm=timm.models.model_entrypoint(plain_architecture).__module__.startswith('timm.'),
+        parameters=f'{parameters:,}',
+        num_classes=config['num_classes'],
+        input_size=f'{channels} x {height} x {width}',
+        has_log_z='log_z' in config.get('model_args', {}),
+        dataset=dataset or 'the test set',
+        split=split,
+        metrics={metric: f'{value:.6g}' for metric, value in metrics.items()},
+        command=recipe.get('command'),
+        pictures=pictures,
+        gallery_regime='gallery' in regimes,
+        exact_regime='exact' in regimes,
+        gallery_dataset=gallery_dataset,
+    )
+    return seal(str(card))
+
+
+def describe_pictures(samples: Any) -> list[dict[str, Any]]:
+    """Say how the pictures of a `Samples` were made: one entry per node, with numbers rounded for reading."""
+    settings, diagnostics = samples.settings, samples.diagnostics
+    chains = len(samples.images) // len(samples.nodes)
+
+    def value(key: str, node: int) -> str:
+        number = diagnostics.get(key)
+        if isinstance(number, list | tuple):
+            per_node = number[node * chains : (node + 1) * chains] if len(number) == len(samples.images) else number
+            number = sum(per_node) / len(per_node)
+        return '' if number is None else f'{number:.3g}'
+
+    return [
+        {
+            'node': name,
+            **{key: settings.get(key, '') for key in ('regime', 'reference', 'temperature', 'tilt', 'steps', 'seed')},
+            **{key: value(key, node) for key in ('score', 'acceptance', 'ess', 'r_hat')},
+            'verdict': samples.verdict,
+        }
+        for node, name in enumerate(samples.nodes)
+    ]
+
+
+def seal(text: str) -> str:
+    """Append the comment that holds the hash of `text`."""
+    return text + _SEAL.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_untouched(card: str) -> bool:
+    """Whether `card` is exactly what `seal` made: False for a card that was edited or was written by hand."""
+    text = card[: card.rfind('\n<!--')]
+    return seal(text) == card

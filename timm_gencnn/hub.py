@@ -1,0 +1,429 @@
+"""The Hugging Face Hub: publish a generative checkpoint with its gallery, and load one back. `gencnn push`.
+
+What is published is one folder: model.safetensors, config.json that timm reads back, README.md, results.json and
+images/. It goes up in one commit, made on top of the revision that was looked at, so that a revision is either complete
+or not there. What is downloaded is checked before anything is built from it, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
+from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
+from torch import nn
+
+from . import __version__, zoo
+from .card import describe_pictures, is_untouched, render_card
+from .config_check import WEIGHTS, check_hash, read_config
+from .registry import PREFIX
+
+if TYPE_CHECKING:
+    from .visualize import Samples
+
+_logger = logging.getLogger(__name__)
+
+_REMEDIES = {
+    401: 'you are not logged in, or the token is not valid: run `hf auth login`, or pass token=',
+    403: 'the token does not give this right: make one with write access to the repository',
+    404: 'there is no such repository, revision or file, or it is private: check the name, or log in',
+    409: 'another operation on the repository is in progress: repeat in a moment',
+    412: 'somebody else committed to it meanwhile: repeat',
+    429: 'too many requests: wait {wait} and repeat',
+}
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    gallery: Sequence[Samples] = (),
+    gallery_dataset: str | None = None,
+    results: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    data_config: dict[str, Any] | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    dry_run: str | Path | None = None,
+    overwrite_card: bool = False,
+    commit_message: str = 'Publish a generative checkpoint',
+) -> CommitInfo | Path:
+    """Publish a model as a generative checkpoint, in one commit.
+
+    Args:
+        model: A generative model or a plain timm model, which is published under its gencnn_ name.
+        repo_id: 'USER/REPO'. It is made if it does not exist.
+        gallery: Pictures for the card, as `visualize` returns them.
+        gallery_dataset: Data set repository, 'USER/NAME', that gets every picture of `gallery` with node, score,
+            settings, seed and diagnostics, as parquet. It is pushed before the checkpoint, with the same privacy.
+        results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one) and `split`.
+        recipe: How the checkpoint was made: `command`, which the card shows, and what else belongs in results.json.
+        data_config: Preprocessing the weights were trained with (`input_size`, `mean`, `std`, ...), as of
+            `timm.data.resolve_data_config`; None for that of the model's pretrained_cfg.
+        license: Identifier of the licence of the weights, such as 'apache-2.0'. Left out of the card if not given.
+        private: Whether a new repository is private; None for the namespace's own default.
+        revision: Branch to commit to; it is made if it does not exist. None for 'main'.
+        create_pr: Open a pull request instead of committing.
+        token: Hub token; None for the one that `hf auth login` stored, or HF_TOKEN.
+        dry_run: Folder that gets exactly what would be pushed; nothing is sent, and a list of files is printed.
+        overwrite_card: Replace the README.md that is there even if somebody edited it by hand. Otherwise an edited one
+            is kept, with a warning.
+        commit_message: First line of the commit.
+
+    Returns:
+        The commit, or the folder of a dry run.
+
+    Raises:
+        ValueError: If the model cannot be rebuilt from a name, a name is not valid, or `private` is True and the
+            repository is public.
+        OSError: If the Hub refuses or fails. Nothing was published then, and repeating is safe.
+    """
+    _check_repo_id(repo_id)
+    if gallery_dataset is not None:
+        _check_repo_id(gallery_dataset)
+        if not gallery:
+            raise ValueError(f'there is no gallery to put in the data set {gallery_dataset}: pass gallery=[...]')
+    facts: dict[str, Any] = {
+        **{'gallery': gallery, 'gallery_dataset': gallery_dataset},
+        **{'results': results, 'recipe': recipe, 'data_config': data_config, 'license': license, 'token': token},
+    }
+    if dry_run is not None:
+        folder = Path(dry_run)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f'the folder {str(folder)!r} is not empty: name one that is, or a new one')
+        write_folder(model, folder, repo_id, **facts)
+        print(list_folder(folder))
+        return folder
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_folder(model, folder, repo_id, **facts)
+        if gallery_dataset is not None:
+            _push_gallery(gallery, gallery_dataset, private=private, token=token)
+        api = HfApi(token=token, library_name='timm_gencnn', library_version=__version__)
+        with _explained(repo_id, 'nothing was published'):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            head = api.model_info(repo_id, revision=revision)
+            if private and not head.private:
+                raise ValueError(f'{repo_id} exists and is public: make it private in its settings, then push again')
+            published = {file.rfilename for file in head.siblings or []}
+            keep_card = 'README.md' in published and not overwrite_card and _is_edited(api, repo_id, head.sha)
+            if keep_card:
+                _logger.warning(
+                    '%s: README.md was not written by timm_gencnn, or was edited since: it is kept as it is. '
+                    'Pass overwrite_card=True (--overwrite-card) to replace it.',
+                    repo_id,
+                )
+                (folder / 'README.md').unlink()
+            files = _files(folder)
+            pictures = {name for name in published if re.fullmatch(r'images/[^/]+\.png', name)}
+            outdated = [] if keep_card else sorted(pictures - files.keys())
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(name, path) for name, path in files.items()]
+                + [CommitOperationDelete(name) for name in outdated],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head.sha,
+            )
+
+
+def from_pretrained(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a generative checkpoint from the Hub, checking what was downloaded before anything is built from it.
+
+    `timm.create_model('hf-hub:USER/REPO@REV', pretrained=True)` loads the same model. This function takes a token,
+    checks config.json whole and each file's hash, and says what is wrong in terms of the repository.
+
+    Args:
+        repo_id: 'USER/REPO', or 'USER/REPO@REVISION'.
+        revision: Branch, tag or commit. None for 'main'.
+        token: Hub token; None for the one that `hf auth login` stored, or HF_TOKEN.
+        cache_dir: Where downloads are kept; None for the Hub's own cache. With HF_HUB_OFFLINE=1 nothing else is read.
+        **kwargs: Passed on to `timm.create_model`, such as `num_classes`.
+
+    Returns:
+        The generative model, in evaluation mode.
+
+    Raises:
+        ValueError: If the repository does not hold a generative checkpoint, or what it holds does not pass the checks.
+        OSError: If the Hub refuses or fails, or the download is damaged (it is then removed from the cache).
+    """
+    repo_id, _, tagged = repo_id.partition('@')
+    _check_repo_id(repo_id)
+    revision = revision or tagged or None
+    with _explained(repo_id, 'nothing was loaded'):
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                allow_patterns=['config.json', WEIGHTS],
+                library_name='timm_gencnn',
+                library_version=__version__,
+            )
+        )
+    for name in ('config.json', WEIGHTS):
+        if not (folder / name).exists():
+            raise ValueError(f'{repo_id} has no {name}: it does not hold a generative checkpoint')
+        check_hash(folder / name, repo_id)
+    config = read_config(folder / 'config.json', repo_id)
+    if not config['architecture'].startswith(PREFIX):
+        raise ValueError(
+            f'{repo_id} is a plain {config["architecture"]}: use timm_gencnn.as_generative(timm.create_model('
+            f"'hf-hub:{repo_id}', pretrained=True))"
+        )
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def write_folder(
+    model: nn.Module,
+    folder: Path,
+    repo_id: str,
+    *,
+    gallery: Sequence[Samples] = (),
+    gallery_dataset: str | None = None,
+    results: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+    data_config: dict[str, Any] | None = None,
+    license: str | None = None,
+    token: str | None = None,
+) -> None:
+    """Write what `push_to_hub` pushes: model.safetensors, config.json, README.md, results.json and images/.
+
+    Raises:
+        ValueError: If the model cannot be rebuilt from a name, or a file would hold what looks like a Hub token.
+    """
+    from safetensors.torch import save_file
+
+    model = unwrap_model(model)
+    architecture = _architecture(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config_for_hf(
+        model,
+        str(folder / 'config.json'),
+        model_config={'pretrained_cfg': {'architecture': architecture, 'license': license}},
+        data_config=data_config,
+    )
+    # not timm's save_for_hf: safetensors refuses the strides that channels_last leaves
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
+    config = read_config(folder / 'config.json', repo_id)
+    if results or recipe:
+        measured = {'results': results or {}, 'recipe': recipe or {}}
+        (folder / 'results.json').write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
+    card = render_card(
+        repo_id,
+        config,
+        sum(parameter.numel() for parameter in model.parameters()),
+        results=results,
+        recipe=recipe,
+        pictures=_write_pictures(gallery, folder, repo_id),
+        gallery_dataset=gallery_dataset,
+        license=license,
+    )
+    (folder / 'README.md').write_text(card, encoding='utf-8', newline='')
+    _refuse_tokens(folder, token)
+
+
+def list_folder(folder: Path) -> str:
+    """List the files of a folder as a tree with sizes."""
+    files = _files(folder)
+    lines = [f'{folder}/']
+    seen: set[str] = set()
+    for name, path in files.items():
+        *parents, base = name.split('/')
+        for depth, parent in enumerate(parents):
+            prefix = '/'.join(parents[: depth + 1])
+            if prefix not in seen:
+                lines.append('  ' * (depth + 1) + f'{parent}/')
+                seen.add(prefix)
+        label = '  ' * (len(parents) + 1) + base
+        lines.append(f'{label:<48} {path.stat().st_size:>14,} bytes')
+    total = sum(path.stat().st_size for path in files.values())
+    return '\n'.join([*lines, f'{len(files)} files, {total:,} bytes'])
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def _check_repo_id(repo_id: str) -> None:
+    validate_repo_id(repo_id)
+    if '/' not in repo_id:
+        raise ValueError(f"the repository {repo_id!r} has no namespace: write 'USER/{repo_id}'")
+
+
+def _architecture(model: nn.Module) -> str:
+    name = str(getattr(model, 'pretrained_cfg', {}).get('architecture'))
+    architecture = PREFIX + name.removeprefix(PREFIX)
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f'a {type(model).__name__} of architecture {name!r} cannot be rebuilt from its name, so it cannot be '
+            'published: make it with timm.create_model'
+        )
+    return architecture
+
+
+def _write_pictures(gallery: Sequence[Samples], folder: Path, repo_id: str) -> list[dict[str, Any]]:
+    """Write one picture per node, a grid of its chains, and return what the card says of each."""
+    pictures = []
+    for number, samples in enumerate(gallery):
+        chains = len(samples.images) // len(samples.nodes)
+        settings = {**samples.settings, 'model': f'hf-hub:{repo_id}'}  # not the path it was loaded from
+        for node, entry in enumerate(describe_pictures(samples)):
+            slug = re.sub(r'[^a-z0-9]+', '-', entry['node'].lower()).strip('-')
+            path = f'images/{number}-{node:03d}-{slug[:40]}.png'
+            images = samples.images[node * chains : (node + 1) * chains]
+            (folder / 'images').mkdir(exist_ok=True)
+            replace(samples, images=images, nodes=[entry['node']], settings=settings).save(folder / path)
+            pictures.append({**entry, 'path': path})
+    return pictures
+
+
+def _push_gallery(gallery: Sequence[Samples], repo_id: str, private: bool | None, token: str | None) -> None:
+    from datasets import concatenate_datasets
+
+    dataset = concatenate_datasets([samples.to_dataset() for samples in gallery])
+    with _explained(repo_id, 'the gallery and the checkpoint were not published'):
+        dataset.push_to_hub(repo_id, private=private, token=token, commit_message='Publish a gallery')
+
+
+def _is_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = hf_hub_download(repo_id, 'README.md', revision=revision, local_dir=temporary, token=api.token)
+        return not is_untouched(Path(path).read_bytes().decode(errors='replace'))
+
+
+def _refuse_tokens(folder: Path, token: str | None) -> None:
+    """Raise if a text that is to be published holds the token in use, or what looks like one."""
+    token = token or get_token()
+    for name, path in _files(folder).items():
+        if path.suffix in ('.json', '.md'):
+            text = path.read_text(encoding='utf-8')
+            if re.search(r'\bhf_[A-Za-z0-9]{30,}', text) or (token and token in text):
+                raise ValueError(f'{name} would publish a Hub token: remove it from the results or model arguments')
+
+
+@contextmanager
+def _explained(repo_id: str, outcome: str) -> Iterator[None]:
+    """Turn whatever the Hub's client raises into an OSError that names the repository and what to do."""
+    try:
+        yield
+    except (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        raise OSError(f'{repo_id}: {_remedy(error)} ({outcome})') from error
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        status = error.response.status_code
+        wait = error.response.headers.get('Retry-After')
+        remedy = _REMEDIES.get(status, 'the Hub has a problem: repeat later' if status >= 500 else 'request refused')
+        message = error.server_message or f'HTTP status {status}'
+        return f'{remedy.format(wait=f"{wait} seconds" if wait else "a while")} [{status}: {message}]'
+    cause = error.__cause__
+    if isinstance(error, RuntimeError | hub_errors.LocalEntryNotFoundError) and cause is not None:
+        return _remedy(cause)
+    if isinstance(error, hub_errors.OfflineModeIsEnabled | hub_errors.LocalEntryNotFoundError):
+        return 'it is not in the cache, and the Hub may not be asked: unset HF_HUB_OFFLINE, or download it first'
+    if isinstance(error, hub_errors.HTTPError):
+        return f'the connection to the Hub failed: check it and repeat [{type(error).__name__}: {error}]'
+    return f'{error}: repeat'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gencnn push`."""
+    add = parser.add_argument
+    add(
+        'model', help="model name: 'gencnn_lenet.gg_dg_mnist', 'local-dir:FOLDER', or an architecture with --checkpoint"
+    )
+    add('repo_id', metavar='USER/REPO', help='where to publish; made if it does not exist')
+    add('--checkpoint', metavar='FILE', help='weights to publish, as timm or gencnn train saved them')
+    add('--num-classes', type=int, help='number of classes of --checkpoint')
+    add(
+        '--nodes', nargs='+', default=[], metavar='NODE', help='draw these nodes for the card, as gencnn visualize does'
+    )
+    add('-n', type=int, default=16, help='pictures per node (default: %(default)s)')
+    add('--steps', type=int, default=512, help='image gradients per picture (default: %(default)s)')
+    add('--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)')
+    add('--gallery-dataset', metavar='USER/NAME', help='also publish all pictures as a data set')
+    add('--results', metavar='FILE', help="JSON with 'results' and 'recipe', for the card (default: the zoo's own)")
+    add('--license', help="licence of the weights, such as 'apache-2.0'")
+    add('--private', action='store_true', default=None, help='make a new repository private')
+    add('--revision', help='branch to commit to (default: main)')
+    add('--create-pr', action='store_true', help='open a pull request instead of committing')
+    add('--token', help='Hub token; better: `hf auth login`, or the variable HF_TOKEN')
+    add('--dry-run', metavar='FOLDER', help='write what would be pushed to this folder, list it, and send nothing')
+    add('--overwrite-card', action='store_true', help='replace a README.md that was edited by hand')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Publish as the arguments say. See `add_arguments`."""
+    model = timm.create_model(
+        args.model,
+        pretrained=not args.checkpoint,
+        checkpoint_path=args.checkpoint or '',
+        **({} if args.num_classes is None else {'num_classes': args.num_classes}),
+    ).eval()
+    measured: dict[str, Any] = {}
+    shipped = args.model.removeprefix(PREFIX)
+    if args.results:
+        measured = json.loads(Path(args.results).read_text(encoding='utf-8'))
+    elif shipped in zoo.names() and not args.checkpoint:
+        measured = zoo.read(shipped)
+    gallery = []
+    if args.nodes:
+        from .visualize import visualize
+
+        nodes = [int(node) if node.isdigit() else node for node in args.nodes]
+        gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed)]
+    pushed = push_to_hub(
+        model,
+        args.repo_id,
+        gallery=gallery,
+        gallery_dataset=args.gallery_dataset,
+        results=measured.get('results'),
+        recipe=measured.get('recipe'),
+        license=args.license,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        token=args.token,
+        dry_run=args.dry_run,
+        overwrite_card=args.overwrite_card,
+    )
+    if isinstance(pushed, CommitInfo):
+        print(pushed.pr_url or pushed.commit_url)
