@@ -1,10 +1,23 @@
 """Generative modelling of convolutional networks (Dai, Lu, Wu, ICLR 2015), for any timm model."""
 
-__version__ = '0.1.0.dev0'
-
 from . import archs as archs
 from . import registry as registry
-from .generative import GenerativeMixin as GenerativeMixin
-from .generative import as_generative as as_generative
+from .generative import GenerativeMixin, as_generative
+from .loss import GenerativeLoss
+from .nodes import list_nodes
+from .samples import Samples
+from .task import GenerativeTask
+from .visualize import visualize
+
+__version__ = '0.1.0.dev0'
+__all__ = [
+    'GenerativeLoss',
+    'GenerativeMixin',
+    'GenerativeTask',
+    'Samples',
+    'as_generative',
+    'list_nodes',
+    'visualize',
+]
 
 registry.register_all()

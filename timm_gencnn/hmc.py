@@ -15,6 +15,7 @@ and knows nothing of networks, images or references.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -69,7 +70,9 @@ class Streams:
     """
 
     def __init__(self, seed: int, chains: Sequence[int], device: torch.device | str = 'cpu'):
-        self.generators = [torch.Generator(device).manual_seed(mix_seed(seed, chain)) for chain in chains]
+        seeds = [mix_seed(seed, chain) for chain in chains]
+        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+        self.host = [random.Random(s) for s in seeds]
         self.device = torch.device(device)
 
     def __len__(self) -> int:
@@ -82,6 +85,10 @@ class Streams:
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniforms on [0, 1) [n, *shape]."""
         return self._draw(torch.rand, shape, dtype)
+
+    def integers(self, low: int, high: int, size: int) -> list[tuple[int, ...]]:
+        """`size` integers per chain in [low, high], drawn on the host: no wait for the device."""
+        return [tuple(r.randint(low, high) for _ in range(size)) for r in self.host]
 
     def _draw(self, fn: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.stack([fn(tuple(shape), generator=g, device=self.device, dtype=dtype) for g in self.generators])
@@ -120,20 +127,25 @@ def refresh(state: State, streams: Streams, temperature: float = 1.0, persistenc
     return state._replace(p=persistence * state.p + scale * noise)
 
 
-def leapfrog(state: State, score: Score, step_size: Tensor, n_leapfrog: int, tilt: float = 1.0) -> State:
+def leapfrog(
+    state: State, score: Score, step_size: Tensor, n_leapfrog: int, tilt: float = 1.0, kick: Score | None = None
+) -> State:
     """Integrates `n_leapfrog` steps: half kick, then rotations by the angle `step_size` with full kicks between.
 
-    Costs exactly `n_leapfrog` gradients. Reversible and volume preserving for any `step_size` [n].
+    Costs exactly `n_leapfrog` gradients. Reversible and volume preserving for any `step_size` [n] and also for any
+    `kick`, a cheaper score (bfloat16, say) whose gradient serves the kicks inside the trajectory: those at its two
+    ends, and the score that the accept test sees, are always those of `score`.
     """
     shape = (-1,) + (1,) * (state.z.ndim - 1)
-    kick = (step_size * tilt).to(state.z.dtype).view(shape)
+    strength = (step_size * tilt).to(state.z.dtype).view(shape)
     cos, sin = (fn(step_size).to(state.z.dtype).view(shape) for fn in (torch.cos, torch.sin))
     z, f, grad = state.z, state.score, state.grad
-    p = state.p + 0.5 * kick * grad
+    p = state.p + 0.5 * strength * grad
     for i in range(n_leapfrog):
         z, p = cos * z + sin * p, cos * p - sin * z
-        f, grad = score_and_grad(score, z)
-        p = p + (kick if i < n_leapfrog - 1 else 0.5 * kick) * grad
+        last = i == n_leapfrog - 1
+        f, grad = score_and_grad(score if last else kick or score, z)
+        p = p + (0.5 * strength if last else strength) * grad
     return State(z, p, f, grad)
 
 
@@ -153,6 +165,7 @@ def step(
     tilt: float = 1.0,
     persistence: float = 0.0,
     adjust: bool = True,
+    kick: Score | None = None,
 ) -> tuple[State, Info]:
     """One transition: refresh the momentum, integrate, accept or reject.
 
@@ -170,12 +183,13 @@ def step(
         tilt: Factor on the score.
         persistence: Share of the momentum kept, in [0, 1).
         adjust: Whether to apply the Metropolis test.
+        kick: A cheaper score for the kicks inside the trajectory (see `leapfrog`).
 
     Returns:
         The new state and what happened.
     """
     start = refresh(state, streams, temperature, persistence)
-    end = leapfrog(start, score, step_size, n_leapfrog, tilt)
+    end = leapfrog(start, score, step_size, n_leapfrog, tilt, kick)
     error = hamiltonian(end, temperature, tilt) - hamiltonian(start, temperature, tilt)
     finite = error.isfinite()
     acceptance = torch.where(finite, torch.exp(-error.clamp(min=0)), 0.0)

@@ -1,0 +1,263 @@
+"""The two regimes in which chains are run.
+
+`sample_exact` draws from the tilted density itself: adjusted HMC, step sizes adapted during the first half of the
+budget and frozen for the second, whose draws the diagnostics describe. `sample_gallery` makes pictures: the same
+dynamics at a low temperature with persistent momenta, no accept test and an annealed tilt. This module sees a score
+function of latents and knows nothing of networks or pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import hmc
+
+Report = Callable[[int, hmc.State, Tensor], None]
+"""Called after each transition with the gradients spent so far, the chains and their mean acceptance [n]."""
+
+
+class Trace(NamedTuple):
+    """What a run leaves behind.
+
+    Attributes:
+        z: Final latents [n, ...].
+        scores: Score of every kept draw [draws, n].
+        acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; in the gallery regime, where
+            nothing is rejected, what it would have been.
+        step_size: Step size at the end [n], radians.
+        energy_error: Mean |dH| of the kept transitions [n].
+        divergences: Divergent or non-finite proposals per chain [n].
+        gradients: Image gradients per chain.
+    """
+
+    z: Tensor
+    scores: Tensor
+    acceptance: Tensor
+    step_size: Tensor
+    energy_error: Tensor
+    divergences: Tensor
+    gradients: int
+
+
+class _Tally:
+    """Sums the infos of the kept transitions on the device, so that nothing waits for it."""
+
+    def __init__(self, like: Tensor):
+        self.acceptance = torch.zeros(len(like), dtype=torch.float64, device=like.device)
+        self.energy_error = torch.zeros_like(self.acceptance)
+        self.divergences = torch.zeros(len(like), dtype=torch.long, device=like.device)
+        self.scores: list[Tensor] = []
+
+    def add(self, state: hmc.State, info: hmc.Info) -> None:
+        self.acceptance += info.acceptance
+        self.energy_error += info.energy_error.abs()
+        self.divergences += info.diverged
+        self.scores.append(state.score)
+
+    def trace(self, state: hmc.State, step_size: Tensor, gradients: int) -> Trace:
+        kept = len(self.scores)
+        return Trace(
+            state.z,
+            torch.stack(self.scores),
+            self.acceptance / kept,
+            step_size,
+            self.energy_error / kept,
+            self.divergences,
+            gradients,
+        )
+
+
+def start(
+    score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, temperature: float = 1.0, tries: int = 5
+) -> tuple[hmc.State, int]:
+    """Draws starting latents z ~ N(0, T I) and moves chains whose gradient is zero elsewhere in the reference.
+
+    Where the gradient vanishes the density is the reference itself, and the chain would show plain noise.
+
+    Args:
+        score: f, latents [n, *shape] to scores [n].
+        shape: Shape of one latent.
+        streams: Random streams of the chains.
+        temperature: T > 0.
+        tries: Draws from N(0, I) before giving up.
+
+    Returns:
+        The chains and the gradients spent.
+
+    Raises:
+        ValueError: The score is not finite, or some chain found no gradient.
+    """
+    z = math.sqrt(temperature) * streams.normal(shape)
+    for attempt in range(tries + 1):
+        state = hmc.init(score, z, streams, temperature)
+        if not state.score.isfinite().all() or not state.grad.isfinite().all():
+            raise ValueError(
+                'the score or its gradient is not finite on the starting images: check the weights for NaN'
+            )
+        dead = state.grad.flatten(1).abs().amax(1) == 0
+        if not dead.any():
+            return state, attempt + 1
+        if attempt == 0:
+            warnings.warn(
+                f'the gradient is zero on {int(dead.sum())} of {len(dead)} starting images (a dead unit): '
+                'restarting them elsewhere in the reference',
+                stacklevel=2,
+            )
+        z = torch.where(dead.view(-1, *[1] * len(shape)), streams.normal(shape), z)
+    raise ValueError(
+        f'the gradient of the score stayed zero on {int(dead.sum())} of {len(dead)} images after {tries} restarts: '
+        'the unit is dead on the reference. Name the layer before the activation, or try another reference '
+        "('white', 'natural')"
+    )
+
+
+def sample_exact(
+    score: hmc.Score,
+    state: hmc.State,
+    streams: hmc.Streams,
+    steps: int,
+    temperature: float = 1.0,
+    tilt: float = 1.0,
+    n_leapfrog: int = 8,
+    target: float = 0.8,
+    kick: hmc.Score | None = None,
+    report: Report | None = None,
+) -> Trace:
+    """Draws from p(z) ∝ exp((tilt · f(z) - |z|²/2) / T) by adjusted HMC.
+
+    Trajectories span at most a quarter period of the reference's oscillator, at which draws from the reference
+    alone are independent.
+
+    Args:
+        score: f, latents [n, ...] to scores [n].
+        state: The chains at their start (see `start`).
+        streams: Random streams of the chains.
+        steps: Budget of gradients per chain: one for the start, then whole trajectories.
+        temperature: T > 0.
+        tilt: Factor on the score.
+        n_leapfrog: Gradients per trajectory.
+        target: Acceptance that the warm-up adapts to, in (0, 1).
+        kick: A cheaper score for the kicks inside a trajectory (see `hmc.leapfrog`).
+        report: Progress callback.
+
+    Raises:
+        ValueError: The budget holds no warm-up and four draws.
+    """
+    iterations = (steps - 1) // n_leapfrog
+    warmup = iterations // 2
+    if warmup < 4:
+        raise ValueError(
+            f'steps={steps} is too small for exact sampling: a start, 4 warm-up and 4 kept trajectories of '
+            f'{n_leapfrog} gradients need steps >= {1 + 8 * n_leapfrog}'
+        )
+    longest = math.pi / 2 / n_leapfrog
+    adapt = hmc.DualAveraging.start(torch.full_like(state.score, longest / 2, dtype=torch.float64))
+    step_size = adapt.step_size
+    tally = _Tally(state.score)
+    for i in range(iterations):
+        state, info = hmc.step(state, score, streams, step_size, n_leapfrog, temperature, tilt, kick=kick)
+        if i < warmup:
+            adapt = adapt.update(info.acceptance, target)
+            step_size = (adapt.frozen if i == warmup - 1 else adapt.step_size).clamp(max=longest)
+        else:
+            tally.add(state, info)
+        if report:
+            report(1 + (i + 1) * n_leapfrog, state, info.acceptance)
+    return tally.trace(state, step_size, 1 + iterations * n_leapfrog)
+
+
+class Schedule(NamedTuple):
+    """Shape of a gallery run; every default was chosen by measurement (tests/benchmarks/bench_pictures.py).
+
+    Attributes:
+        move: Scale of a kick along the score's gradient, in latent units.
+        persistence: Share of the momentum kept from step to step.
+        heat: Share of the budget over which the tilt rises geometrically to its final value.
+        start: Tilt at the start relative to the final one.
+        ramp_up: Share of the budget over which `move` rises linearly at the start.
+        ramp_down: Share of the budget over which it falls at the end.
+        shift: Largest circular shift, as a share of the image side, at which the score sees the image.
+    """
+
+    move: float = 0.01
+    persistence: float = 0.9
+    heat: float = 0.6
+    start: float = 0.1
+    ramp_up: float = 0.1
+    ramp_down: float = 0.3
+    shift: float = 0.05
+
+    def tilt(self, done: float) -> float:
+        """Relative tilt in (0, 1] when the share `done` in [0, 1] of the budget is spent."""
+        return self.start ** max(0.0, 1 - done / self.heat)
+
+    def pace(self, done: float) -> float:
+        """Relative size of the moves in (0, 1]."""
+        return min(1.0, (done + 1e-2) / self.ramp_up, (1 - done) / self.ramp_down)
+
+
+def sample_gallery(
+    score: hmc.Score,
+    state: hmc.State,
+    streams: hmc.Streams,
+    steps: int,
+    temperature: float,
+    tilt: float,
+    schedule: Schedule = Schedule(),  # noqa: B008, an immutable tuple
+    report: Report | None = None,
+) -> Trace:
+    """Runs Hamiltonian dynamics with partial momentum refreshment and no accept step: pictures, not samples at T = 1.
+
+    The step size follows from the gradient: eps² = move / (tilt · RMS(grad f)), so that a kick moves latents by about
+    `move` whatever the scale of the score. The score is seen through a random circular shift per chain and step, which
+    a stationary reference does not notice: the dynamics ascends the score averaged over shifts.
+
+    Args:
+        score: f, latents [n, C, H, W] to scores [n].
+        state: The chains at their start (see `start`), latents [n, C, H, W].
+        streams: Random streams of the chains.
+        steps: Budget of gradients per chain.
+        temperature: T > 0.
+        tilt: Final factor on the score, > 0.
+        schedule: Shape of the run.
+        report: Progress callback.
+
+    Raises:
+        ValueError: The budget is below 8 gradients.
+    """
+    if steps < 8:
+        raise ValueError(f'steps={steps} is too small for a picture: give at least 8, better 512')
+    reach = round(schedule.shift * min(state.z.shape[-2:]))
+
+    def shifted(z: Tensor) -> Tensor:
+        if not reach:
+            return score(z)
+        offsets = streams.integers(-reach, reach, 2)
+        return score(torch.stack([torch.roll(a, b, (-2, -1)) for a, b in zip(z, offsets, strict=True)]))
+
+    rms = _rms(state.grad)
+    tally = _Tally(state.score)
+    eps = torch.zeros_like(rms)
+    for i in range(1, steps):
+        done = i / steps
+        strength = tilt * schedule.tilt(done)
+        eps = (schedule.move * schedule.pace(done) / (strength * rms.clamp(min=1e-12))).sqrt().clamp(max=0.5)
+        state, info = hmc.step(
+            state, shifted, streams, eps, 1, temperature, strength, schedule.persistence, adjust=False
+        )
+        rms = 0.95 * rms + 0.05 * _rms(state.grad)
+        tally.add(state, info)
+        if report:
+            report(i + 1, state, info.acceptance)
+    return tally.trace(state, eps, steps)
+
+
+def _rms(grad: Tensor) -> Tensor:
+    """Root mean square of each chain's gradient [n]."""
+    return grad.flatten(1).square().mean(1).sqrt().double()

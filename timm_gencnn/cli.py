@@ -1,0 +1,65 @@
+"""The `gencnn` command: one subcommand per job, each living in its own module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    'visualize': ('visualize', 'draw images for nodes of a network'),
+    'gallery': ('gallery', 'draw many nodes into one HTML page'),
+    'nodes': ('nodes', 'list the layers of a network'),
+    'train': ('train', 'train or pre-train a network'),
+    'validate': ('validate', 'measure a network on a data set'),
+    'push': ('hub', 'publish a network to the Hugging Face Hub'),
+    'list': ('listing', 'list the pretrained generative checkpoints'),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `gencnn COMMAND ...`.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+
+    Returns:
+        Exit status: 0, 2 for bad input (one line on stderr, no traceback), 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog='gencnn',
+        description='Generative modelling of convolutional networks (Dai, Lu, Wu, ICLR 2015) for any timm model.',
+    )
+    parser.add_argument('--version', action='store_true', help='print the version')
+    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND')
+    chosen = argv[0] if argv and argv[0] in COMMANDS else None
+    module = None
+    for name, (room, text) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
+        if name == chosen:  # only the chosen command's module is imported
+            module = importlib.import_module(f'timm_gencnn.{room}')
+            module.add_arguments(sub)
+    args = parser.parse_args(argv)
+    if args.version:
+        from . import __version__
+
+        print(f'timm_gencnn {__version__}')
+        return 0
+    if module is None:
+        parser.print_help()
+        return 2
+    try:
+        module.main(args)
+    except (ValueError, OSError) as e:
+        print(f'gencnn {chosen}: error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'gencnn {chosen}: interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

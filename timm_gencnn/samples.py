@@ -1,0 +1,246 @@
+"""`Samples`: the images that a run produced, with everything needed to judge and repeat it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+METADATA_KEY = 'timm_gencnn'
+
+
+def verdict(regime: str, r_hat: float, ess: float) -> str:
+    """The diagnostics in plain words; thresholds are those of Vehtari et al. 2021 (R-hat 1.01, ESS 400)."""
+    if regime != 'exact':
+        return 'gallery regime: not samples of the model at T = 1'
+    if math.isnan(r_hat):
+        return 'exact sampling: not converged: the score never changed'
+    if r_hat > 1.01:
+        return f'exact sampling: not converged: R-hat {r_hat:.2f}, run longer (raise steps)'
+    if ess < 400:
+        return f'exact sampling: chains agree, but only {ess:.0f} effective draws: raise steps or n'
+    return f'exact sampling: converged (R-hat {r_hat:.3f}, ESS {ess:.0f})'
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that no reader and no kill sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass
+class Samples:
+    """Images drawn for one or more nodes.
+
+    Attributes:
+        images: Pixels [N, 3, H, W] in [0, 1], float32, on the CPU; one-channel models are shown in grey. The n images
+            of a node are contiguous.
+        nodes: Canonical name of each node.
+        settings: What determines the pixels: model, nodes, n, steps, reference, temperature, tilt, size, seed, regime
+            and versions.
+        diagnostics: `score`, `acceptance`, `step_size`, `energy_error` and `divergences` per image; `r_hat` and `ess`
+            (bulk, of the score) of the worst node, `gradients` per chain and `seconds`.
+        trace: Score of every kept draw [draws, N].
+        frames: Images of the run at regular intervals [F, N, 3, H, W], if they were asked for.
+    """
+
+    images: Tensor
+    nodes: list[str]
+    settings: dict[str, Any]
+    diagnostics: dict[str, Any]
+    trace: Tensor = field(repr=False)
+    frames: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def verdict(self) -> str:
+        """What the diagnostics say, in plain words."""
+        return verdict(self.settings['regime'], self.diagnostics['r_hat'], self.diagnostics['ess'])
+
+    def summary(self) -> str:
+        """One line: regime, acceptance, ESS, gradients, seconds."""
+        d = self.diagnostics
+        mean = lambda v: sum(v) / len(v)  # noqa: E731
+        acceptance = f'acceptance {mean(d["acceptance"]):.2f}'
+        if self.settings['regime'] == 'exact':
+            chains = f'{acceptance}, ESS {d["ess"]:.0f}, R-hat {d["r_hat"]:.2f}'
+        else:
+            chains = f'no accept step (would-be {acceptance}), ESS not defined while annealing'
+        return (
+            f'{len(self)} images of {len(self.nodes)} node(s): score {mean(d["score"]):.1f}, {chains}, '
+            f'{sum(d["divergences"])} divergences, {d["gradients"]} gradients a chain, {d["seconds"]:.1f} s'
+        )
+
+    def grid(self, columns: int | None = None, padding: int = 2) -> Image.Image:
+        """All images on one sheet: a row per node, or about a square for a single node.
+
+        Args:
+            columns: Images per row.
+            padding: Gap in pixels.
+        """
+        return _sheet(self.images, columns or self._columns(), padding)
+
+    def _columns(self) -> int:
+        n = len(self) // len(self.nodes)
+        return n if len(self.nodes) > 1 else math.ceil(math.sqrt(n))
+
+    def metadata(self) -> dict[str, Any]:
+        """Settings, nodes, diagnostics and verdict, ready for JSON."""
+        return {
+            'settings': self.settings,
+            'nodes': self.nodes,
+            'diagnostics': self.diagnostics,
+            'verdict': self.verdict,
+        }
+
+    def save(self, path: str | Path, columns: int | None = None) -> Path:
+        """Saves the sheet of images as a PNG that carries the full settings in its metadata.
+
+        Args:
+            path: A file name that ends in .png.
+            columns: Images per row.
+
+        Raises:
+            ValueError: The name does not end in .png.
+        """
+        from PIL import PngImagePlugin
+
+        path = Path(path)
+        if path.suffix.lower() != '.png':
+            raise ValueError(f'cannot save to {str(path)!r}: give a file name that ends in .png')
+        info = PngImagePlugin.PngInfo()
+        info.add_text('Title', ', '.join(self.nodes)[:200])
+        info.add_text('Description', f'{self.verdict}. {self.summary()}')
+        info.add_text(METADATA_KEY, json.dumps(_finite(self.metadata())))
+        buffer = io.BytesIO()
+        self.grid(columns).save(buffer, 'PNG', pnginfo=info)
+        write_atomically(path, buffer.getvalue())
+        return path
+
+    def animate(self, path: str | Path, milliseconds: int = 80) -> Path:
+        """Saves the course of the chains as an animated GIF or WebP.
+
+        Args:
+            path: A file name that ends in .gif or .webp.
+            milliseconds: Duration of a frame.
+
+        Raises:
+            ValueError: The run kept no frames, or the file type is another.
+        """
+        path = Path(path)
+        if self.frames is None:
+            raise ValueError('this run kept no frames: call visualize(..., frames=32) to animate it')
+        if path.suffix.lower() not in ('.gif', '.webp'):
+            raise ValueError(f'cannot animate to {str(path)!r}: give a file name that ends in .gif or .webp')
+        sheets = [_sheet(frame, self._columns(), 2) for frame in self.frames]
+        buffer = io.BytesIO()
+        sheets[0].save(
+            buffer,
+            path.suffix[1:].upper(),
+            save_all=True,
+            append_images=sheets[1:],
+            duration=[milliseconds] * (len(sheets) - 1) + [20 * milliseconds],
+            loop=0,
+        )
+        write_atomically(path, buffer.getvalue())
+        return path
+
+    def to_dataset(self) -> datasets.Dataset:
+        """A Hugging Face data set with one row per image: image, node, score, settings, seed and diagnostics (JSON)."""
+        import datasets
+        from torchvision.transforms.functional import to_pil_image
+
+        n = len(self) // len(self.nodes)
+        shared = {k: v for k, v in self.diagnostics.items() if not isinstance(v, list)}
+        rows = [
+            {
+                'image': to_pil_image(image),
+                'node': self.nodes[i // n],
+                'score': self.diagnostics['score'][i],
+                'settings': json.dumps(self.settings),
+                'seed': self.settings['seed'],
+                'diagnostics': json.dumps(
+                    _finite(shared | {k: v[i] for k, v in self.diagnostics.items() if isinstance(v, list)})
+                ),
+            }
+            for i, image in enumerate(self.images)
+        ]
+        features = datasets.Features(
+            {
+                'image': datasets.Image(),
+                'node': datasets.Value('string'),
+                'score': datasets.Value('float32'),
+                'settings': datasets.Value('string'),
+                'seed': datasets.Value('int64'),
+                'diagnostics': datasets.Value('string'),
+            }
+        )
+        return datasets.Dataset.from_list(rows, features=features)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, 'PNG')
+        return buffer.getvalue()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `Samples.save` put into a PNG.
+
+    Raises:
+        ValueError: The file does not exist, is no PNG or was not written by `Samples.save`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, 'text', {}).get(METADATA_KEY)
+    except (OSError, UnidentifiedImageError, SyntaxError) as e:
+        raise ValueError(f'cannot read {str(path)!r} as a picture: {e}') from None
+    if text is None:
+        raise ValueError(f'{str(path)!r} carries no settings: only PNGs saved by Samples.save can be repeated')
+    return json.loads(text)
+
+
+def _sheet(images: Tensor, columns: int, padding: int) -> Image.Image:
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    return to_pil_image(make_grid(images, nrow=columns, padding=padding, pad_value=1.0))
+
+
+def _finite(value: Any) -> Any:
+    """NaN has no JSON: replaces it by None, recursively."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_rgb(pixels: Tensor) -> Tensor:
+    """Pixels [..., C, H, W] as [..., 3, H, W] on the CPU: grey is repeated, channels beyond 3 are dropped."""
+    pixels = pixels.detach().float().cpu()
+    channels = pixels.shape[-3]
+    if channels < 3:
+        pixels = pixels[..., :1, :, :].expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+    return pixels[..., :3, :, :].clamp(0, 1).contiguous()

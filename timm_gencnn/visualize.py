@@ -1,0 +1,385 @@
+"""`visualize(model, node)`: synthetic images for any node of a trained network, and the `gencnn visualize` command."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from . import chains, diagnostics, hmc
+from .nodes import Node, ScoreFunction, resolve
+from .reference import Natural, Reference, White
+from .samples import Samples, read_metadata, to_rgb
+
+GALLERY_TEMPERATURE = 0.02
+GALLERY_TILT = 20.0
+PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
+
+
+def visualize(
+    model: str | nn.Module,
+    node: Node | Sequence[Node],
+    *,
+    n: int = 16,
+    steps: int = 512,
+    reference: str | Reference = 'natural',
+    temperature: float | None = None,
+    tilt: float | None = None,
+    size: int | tuple[int, int] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    frames: int = 0,
+    progress: bool = True,
+) -> Samples:
+    """Draws images for a node of a trained network from p(x) ∝ exp(f(x)) q(x), by Hamiltonian Monte Carlo.
+
+    f is the node's score and q the reference (Dai, Lu, Wu 2015, section 3). With `temperature=1, tilt=1` the chains
+    sample the model itself: adjusted HMC, exact, with diagnostics that mean something (on an ordinary classifier the
+    images are noise with faint structure: that is what the model believes). Otherwise, and by default, the run makes a
+    gallery picture: the same dynamics at a low temperature, without an accept step.
+
+    Args:
+        model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
+            images [N, C, H, W].
+        node: A class by index or name, `'layer:channel'`, `'layer:channel@row,col'`, a weighted sum, a callable, or a
+            list of these (see `timm_gencnn.nodes`).
+        n: Images per node, at least 1; each is a chain of its own.
+        steps: Budget of image gradients per chain.
+        reference: `'natural'`, `'white'` or an object like those of `timm_gencnn.reference`.
+        temperature: T > 0; None is the gallery default unless `tilt` is 1, then 1.
+        tilt: Factor on the score, > 0; None is the gallery default unless `temperature` is 1, then 1.
+        size: Image side or (height, width) in pixels; None is the model's own.
+        seed: Non-negative integer; the same seed gives the same pixels on the same machine.
+        device: Where to run; None is where the model is.
+        dtype: `torch.bfloat16` or `torch.float16` runs the network under autocast; in the exact regime only for the
+            kicks inside a trajectory, so that the accept test stays in float32.
+        frames: Images of the run to keep for `Samples.animate`.
+        progress: Whether to show a progress bar with score and acceptance.
+
+    Returns:
+        Samples: the images with their settings and diagnostics.
+
+    Raises:
+        ValueError: Bad input: an unknown model, node or size; n, steps, T, tilt or seed out of range; a model in train
+            mode; a score that is not finite; a unit that is dead on the reference.
+    """
+    temperature, tilt = _regime(temperature, tilt)
+    _check(n=n, steps=steps, temperature=temperature, tilt=tilt, seed=seed, frames=frames)
+    regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
+    name = model if isinstance(model, str) else _describe(model)
+    net = load_model(model) if isinstance(model, str) else model
+    if device is not None:
+        net = net.to(device)
+    where = next((p.device for p in net.parameters()), torch.device('cpu'))
+    sides = (size, size) if isinstance(size, int) else size
+    nodes = list(node) if isinstance(node, (list, tuple, range)) else [node]
+
+    began = time.perf_counter()
+    with frozen(net):
+        score = resolve(net, nodes, size=sides)
+        q = make_reference(reference, net, score.in_chans, score.size, where)
+        run = _Run(net, nodes, score, q, regime, n, steps, temperature, tilt, seed, where, dtype, frames, progress)
+        images, trace, per_image, gradients, film = run.run()
+    diagnosed: dict[str, Any] = dict(per_image)
+    if regime == 'exact':
+        by_node = trace.split(n, dim=1)
+        diagnosed['r_hat'] = max(diagnostics.r_hat(t) for t in by_node)
+        diagnosed['ess'] = min(diagnostics.bulk_ess(t) for t in by_node)
+    else:
+        diagnosed['r_hat'] = diagnosed['ess'] = math.nan
+    diagnosed['gradients'] = gradients
+    diagnosed['seconds'] = round(time.perf_counter() - began, 3)
+    settings = {
+        'model': name,
+        'nodes': [x if isinstance(x, (int, str)) else label for x, label in zip(nodes, score.names, strict=True)],
+        'n': n,
+        'steps': steps,
+        **q.settings(),
+        'temperature': temperature,
+        'tilt': tilt,
+        'size': list(score.size),
+        'seed': seed,
+        'dtype': None if dtype is None else str(dtype).removeprefix('torch.'),
+        'regime': regime,
+        'notes': [note for note in score.notes if note],
+        'versions': _versions(),
+    }
+    return Samples(images, score.names, settings, diagnosed, trace, film)
+
+
+def _regime(temperature: float | None, tilt: float | None) -> tuple[float, float]:
+    """The measured gallery defaults, or the model itself where one of the two is 1 and the other is not given."""
+    if temperature is None:
+        temperature = 1.0 if tilt == 1 else GALLERY_TEMPERATURE
+    if tilt is None:
+        tilt = 1.0 if temperature == 1 else GALLERY_TILT
+    return float(temperature), float(tilt)
+
+
+def _check(**values: Any) -> None:
+    """Ranges of the numbers that a user gives."""
+    for name, low in ('n', 1), ('steps', 1), ('seed', 0), ('frames', 0):
+        if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < low:
+            raise ValueError(f'{name} must be an integer >= {low}, got {values[name]!r}')
+    for name in 'temperature', 'tilt':
+        if not (math.isfinite(values[name]) and values[name] > 0):
+            raise ValueError(f'{name} must be a positive number, got {values[name]!r} (1 is the model itself)')
+
+
+def load_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model(name, pretrained=True)` in eval mode, with clear errors.
+
+    Args:
+        name: A registered name such as 'gencnn_resnet50' or 'resnet50.a1_in1k', 'hf-hub:USER/REPO' or
+            'local-dir:FOLDER'.
+        **kwargs: Passed on to `timm.create_model`.
+
+    Raises:
+        ValueError: The model is unknown, has no pretrained weights, or they cannot be read.
+    """
+    arch = name.split('.')[0]
+    if ':' not in name and not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
+        hint = f'did you mean {", ".join(near)}?' if near else 'timm.list_models() lists them'
+        raise ValueError(f'unknown model {name!r}: {hint}')
+    if ':' not in name and not kwargs.get('checkpoint_path') and not timm.models.is_model_pretrained(name):
+        tags = timm.list_pretrained(f'{arch}.*')
+        hint = f'pretrained are {", ".join(tags)}' if tags else 'pass a trained module, or a checkpoint'
+        raise ValueError(f'{name!r} has no pretrained weights, and an untrained network has nothing to show: {hint}')
+    try:
+        return timm.create_model(name, pretrained=not kwargs.get('checkpoint_path'), **kwargs).eval()
+    except ValueError:
+        raise
+    except Exception as e:  # downloads and files fail in many ways; all mean that the weights could not be had
+        raise ValueError(f'cannot load {name!r}: {type(e).__name__}: {e}') from e
+
+
+def _describe(model: nn.Module) -> str:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    arch, tag = cfg.get('architecture'), cfg.get('tag')
+    return f'{arch}.{tag}' if arch and tag else arch or type(model).__name__
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    return {'timm_gencnn': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside, which saves a third of the work; restored on the way out."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def make_reference(
+    reference: str | Reference, model: nn.Module, channels: int, size: tuple[int, int], device: torch.device
+) -> Reference:
+    """The reference by name, with the mean and standard deviation by which the model normalises its images.
+
+    Raises:
+        ValueError: An unknown name, or a reference of another shape than the model's images.
+    """
+    shape = (channels, *size)
+    if not isinstance(reference, str):
+        if tuple(reference.shape) != shape:
+            raise ValueError(f'the reference draws images of shape {tuple(reference.shape)}, the model takes {shape}')
+        return reference
+    if reference == 'white':
+        return White(shape)
+    if reference == 'natural':
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        mean, std = (
+            _per_channel(cfg.get(key) or default, channels)
+            for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
+        )
+        return Natural(shape, mean, std, device=device)
+    raise ValueError(f"unknown reference {reference!r}: 'natural', 'white' or an object of timm_gencnn.reference")
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+@dataclass
+class _Run:
+    """All chains of one call, in blocks of images that fit into memory."""
+
+    model: nn.Module
+    nodes: list[Node]
+    score: ScoreFunction
+    reference: Reference
+    regime: str
+    n: int
+    steps: int
+    temperature: float
+    tilt: float
+    seed: int
+    device: torch.device
+    dtype: torch.dtype | None
+    frames: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.batch = max(1, PIXELS_PER_BATCH // math.prod(self.reference.shape))
+
+    def blocks(self) -> list[tuple[list[int], range]]:
+        """(nodes, chains of each node) such that their product fits into a batch."""
+        count = len(self.nodes)
+        groups = [list(range(i, min(i + self.batch, count))) for i in range(0, count, self.batch)]
+        blocks = []
+        for group in groups:
+            per_node = max(1, self.batch // len(group))
+            blocks += [(group, range(i, min(i + per_node, self.n))) for i in range(0, self.n, per_node)]
+        return blocks
+
+    def run(self) -> tuple[Tensor, Tensor, dict[str, list[Any]], int, Tensor | None]:
+        from tqdm.auto import tqdm
+
+        while True:
+            try:
+                blocks = self.blocks()
+                total = self.steps * len(blocks)
+                with tqdm(total=total, unit='grad', disable=not self.progress, desc='sampling') as bar:
+                    parts = [self.block(group, some, bar) for group, some in blocks]
+                return self.gather(blocks, parts)
+            except (torch.OutOfMemoryError, RuntimeError) as e:
+                if not _out_of_memory(e) or self.batch == 1:
+                    raise
+                self.batch = max(1, min(self.batch, len(self.nodes) * self.n) // 2)
+                if self.device.type == 'cuda':
+                    torch.cuda.empty_cache()
+            warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=3)
+
+    def block(self, group: list[int], some: range, bar: Any) -> tuple[chains.Trace, Tensor, Tensor, list[Tensor]]:
+        """Runs one block: its trace, final scores [m], pixels [m, 3, H, W] and frames."""
+        ids = [k * self.n + i for k in group for i in some]
+        nodes = [self.nodes[k] for k in group]
+        whole = len(group) == len(self.nodes)
+        node_score = self.score if whole else resolve(self.model, nodes, size=self.score.size)
+
+        def score(z: Tensor) -> Tensor:
+            return node_score(self.reference(z).contiguous(memory_format=torch.channels_last))
+
+        def rough(z: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype):
+                return score(z).float()
+
+        streams = hmc.Streams(self.seed, ids, self.device)
+        film: list[Tensor] = []
+        last = [time.monotonic(), 0]
+
+        def report(gradients: int, state: hmc.State, acceptance: Tensor) -> None:
+            if len(film) < self.frames and gradients * self.frames >= (len(film) + 1) * self.steps:
+                film.append(to_rgb(self.reference.pixels(state.z)))
+            if time.monotonic() - last[0] > 0.5:  # reading the score waits for the device: not at every step
+                bar.set_postfix(
+                    score=f'{state.score.mean().item():.2f}',
+                    acceptance=f'{acceptance.mean().item():.2f}',
+                    refresh=False,
+                )
+                bar.update(gradients - last[1])
+                last[:] = [time.monotonic(), gradients]
+
+        state, spent = chains.start(score, self.reference.shape, streams, self.temperature)
+        if self.regime == 'exact':
+            kick = rough if self.dtype else None
+            trace = chains.sample_exact(score, state, streams, self.steps, kick=kick, report=report)
+        else:
+            target = rough if self.dtype else score
+            trace = chains.sample_gallery(
+                target, state, streams, self.steps, self.temperature, self.tilt, report=report
+            )
+        bar.update(self.steps - last[1])
+        with torch.no_grad():
+            final = score(trace.z)
+        pixels = to_rgb(self.reference.pixels(trace.z))
+        return trace._replace(gradients=trace.gradients + spent - 1), final, pixels, film
+
+    def gather(self, blocks: list, parts: list) -> tuple[Tensor, Tensor, dict[str, list[Any]], int, Tensor | None]:
+        """Puts the blocks' chains into the order of nodes."""
+        ids = [k * self.n + i for group, some in blocks for k in group for i in some]
+        order = torch.tensor(ids).argsort()
+        join = lambda pick, dim=0: torch.cat([pick(*p).cpu() for p in parts], dim).index_select(dim, order)  # noqa: E731
+        per_image = {
+            'score': join(lambda trace, final, *_: final).tolist(),
+            'acceptance': join(lambda trace, *_: trace.acceptance).tolist(),
+            'step_size': join(lambda trace, *_: trace.step_size).tolist(),
+            'energy_error': join(lambda trace, *_: trace.energy_error).tolist(),
+            'divergences': join(lambda trace, *_: trace.divergences).tolist(),
+        }
+        images = join(lambda trace, final, pixels, film: pixels)
+        trace = join(lambda trace, *_: trace.scores, 1)
+        film = join(lambda *p: torch.stack(p[3]), 1) if self.frames else None
+        return images, trace, per_image, max(p[0].gradients for p in parts), film
+
+
+def _out_of_memory(e: BaseException) -> bool:
+    return isinstance(e, torch.OutOfMemoryError) or 'not enough memory' in str(e) or "can't allocate memory" in str(e)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `gencnn visualize`."""
+    parser.add_argument('model', nargs='?', help='a timm model name, hf-hub:USER/REPO or local-dir:FOLDER')
+    parser.add_argument('node', nargs='*', help="classes (207, goldfish) or 'layer:channel[@row,col]'")
+    parser.add_argument('--out', default='samples.png', help='PNG to write (default: %(default)s)')
+    parser.add_argument('--like', metavar='PNG', help='repeat the run whose settings this PNG carries')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
+    parser.add_argument('-n', type=int, default=None, help='images per node (default: 10 for several nodes, else 16)')
+    parser.add_argument('--steps', type=int, default=512, help='image gradients per chain (default: %(default)s)')
+    parser.add_argument('--reference', default='natural', choices=['natural', 'white'])
+    parser.add_argument('--temperature', type=float, help='1 with --tilt 1: exact samples of the model')
+    parser.add_argument('--tilt', type=float, help='factor on the score')
+    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', help='cpu, cuda, mps (default: cuda if there is one)')
+    parser.add_argument('--animate', metavar='FILE', help='also write the course of the chains as .gif or .webp')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs `gencnn visualize`."""
+    if args.like:
+        old = read_metadata(args.like)['settings']
+        model, nodes = args.model or old['model'], args.node or old['nodes']
+        kwargs = {k: old[k] for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed')}
+        kwargs['size'] = tuple(old['size'])
+    elif args.model and args.node:
+        model, nodes = args.model, args.node
+        kwargs = {k: getattr(args, k) for k in ('steps', 'reference', 'temperature', 'tilt', 'seed', 'size')}
+        kwargs['n'] = args.n or (10 if len(nodes) > 1 else 16)
+    else:
+        raise ValueError('give a model and at least one node, or --like FILE.png')
+    if not args.out.lower().endswith('.png'):
+        raise ValueError(f'--out {args.out!r}: give a file name that ends in .png')
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    net = load_model(model, **({'checkpoint_path': args.checkpoint} if args.checkpoint else {}))
+    samples = visualize(net, nodes, device=device, frames=32 if args.animate else 0, **kwargs)
+    samples.settings['model'] = model
+    samples.save(args.out)
+    if args.animate:
+        samples.animate(args.animate)
+    print(samples.summary())
+    print(f'{samples.verdict}\nwrote {args.out}')
