@@ -61,7 +61,7 @@ class Probe:
 
     @cached_property
     def filled(self) -> 'Probe':
-        """The same pass with 0.1 for every zero parameter: branches that start at zero are seen."""
+        """The same pass with 0.1 for every zero gain and bias: branches that start at zero are seen."""
         return probe(self.model, self.images.shape[1], (self.images.shape[2], self.images.shape[3]), fill=True)
 
 
@@ -140,11 +140,11 @@ def probe(
         in_chans: Image channels.
         size: Image height and width in pixels.
         stop: Module name and call index at which the pass ends; None runs the whole model.
-        fill: Runs with 0.1 in the place of every zero parameter, so that a branch that starts at zero is seen.
+        fill: Runs with 0.1 in the place of zero gains and biases, so that a branch that starts at zero is seen.
     """
     params = {name: p.detach() for name, p in model.named_parameters()}
     if fill:
-        params = {name: p.where(p != 0, 0.1) if p.is_floating_point() else p for name, p in params.items()}
+        params = {name: p.where(p != 0, 0.1) if p.ndim < 2 else p for name, p in params.items()}
     reference = next((p for p in params.values() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(PROBES, in_chans, *size, generator=torch.Generator().manual_seed(0))
     result = Probe(model, noise.to(reference).requires_grad_())

@@ -73,11 +73,12 @@ class Term:
     def read(self, tensor: Tensor) -> Tensor:
         """Scores [n] of a tensor [n, ...] whose windows, if any, are already an axis of their own."""
         values = tensor.select(self.layout.axis, self.channel).float()
-        if self.position is None:
-            values = values.flatten(1).mean(1) if values.ndim > 1 else values
-        else:
-            for place in self.position:
+        if self.position is None and values.ndim > 1:
+            values = values.flatten(1).mean(1)
+        else:  # a copy: what follows may work in place
+            for place in self.position or ():
                 values = values.select(1, place)
+            values = values.clone()
         return values if self.weight == 1 else self.weight * values
 
 
@@ -143,9 +144,13 @@ class ScoreFunction:
         def read(tap: Tap, tensor: Tensor) -> None:
             nonlocal waiting
             waiting -= 1
+            if self._reads[tap][0][1].layout.windows:
+                tensor = tensor.unflatten(0, (len(images), -1))
+            if len(tensor) != len(images):
+                raise ValueError(
+                    f'layer {tap.layer!r} splits {list(images.shape)} images in windows: resolve with size='
+                )
             for group, term in self._reads[tap]:
-                if term.layout.windows:
-                    tensor = tensor if len(tensor) == len(images) else tensor.unflatten(0, (len(images), -1))
                 part = tensor[group * n : (group + 1) * n]
                 if term.position is not None:
                     _check_position(self.names[group], term, part)
@@ -295,7 +300,8 @@ def _find_layer(name: str, layers: Sequence[str]) -> str:
 def _labels(model: nn.Module, num_classes: int) -> DatasetInfo | None:
     """Class names: those of the model's own configuration, else ImageNet's if the number of classes says so."""
     cfg = _cfg(model)
-    if names := cfg.get('label_names'):
+    names = cfg.get('label_names')
+    if names and (isinstance(names, dict) or len(names) == num_classes):
         return CustomDatasetInfo(names, cfg.get('label_descriptions'))
     subset = infer_imagenet_subset({'num_classes': num_classes})
     return ImageNetInfo(subset) if subset else None
@@ -755,7 +761,11 @@ def expand(model: nn.Module, pattern: str, *, size: tuple[int, int] | None = Non
     """
     if match := re.fullmatch(r'(\d+)-(\d+)', pattern):
         return [str(index) for index in _span(pattern, int(match[1]), int(match[2]))]
-    match = re.fullmatch(r'([^:]+):(?:(\d+)(?:-(\d+))?|(\*))(@[\d,]+)?', pattern)
+    match = re.fullmatch(r'([^:+\s]+):(?:(\d+)(?:-(\d+))?|(\*))(@[\d,]+)?', pattern)
+    weighted = _WEIGHT.fullmatch(pattern)
+    layers = {name for name, _ in model.named_modules()}
+    if weighted and weighted['node'].partition(':')[0] in layers:
+        return [pattern]
     if not match or not (match[3] or match[4] or re.search(r'[*?\[]', match[1])):
         return [pattern]
     names = []

@@ -1,0 +1,690 @@
+import argparse
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_gencnn import nodes
+from timm_gencnn.nodes import NodeInfo, expand, list_nodes, receptive_field, resolve
+
+SHARED = Path(__file__).parents[2] / 'shared'
+SIZE = (16, 16)
+
+# One small model of every module of timm, whatever its layout; FAST are run by default.
+FAST = """
+    test_byobnet test_coatnet test_convnext test_efficientnet test_mambaout test_nfnet test_resnet test_vit
+    test_vit_relpos crossvit_tiny_240 eva02_tiny_patch14_224 gmlp_ti16_224 levit_128s mobilevit_xxs
+    swin_tiny_patch4_window7_224
+""".split()  # noqa: SIM905
+SMALL = """
+    beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 cpubone_nano crossvit_tiny_240
+    cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c
+    dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_b0 efficientvit_m0
+    ese_vovnet19b_slim_dw eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
+    gemma4_vit_167m ghostnet_050 gmlp_ti16_224 halonet_h1 hardcorenas_b hgnetv2_b0 hiera_tiny_224 hrnet_w18_small
+    iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small legacy_seresnet18
+    legacy_xception levit_128s lowformer_b0 mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny
+    naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small pit_ti_224 pnasnet5large poolformerv2_s12
+    pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d resnetv2_18
+    rexnet_100 sam2_hiera_tiny samvit_base_patch16_224 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050
+    swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_byobnet test_coatnet
+    test_convnext test_efficientnet test_mambaout test_nfnet test_resnet test_vit test_vit_relpos tiny_vit_5m_224
+    tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224
+    volo_d1_224 xception41p xcit_nano_12_p8_224
+""".split()  # noqa: SIM905
+
+
+class Zoo(nn.Module):
+    """Every layout in one network, with H = W = C = 8 so that no shape tells the axes apart."""
+
+    def __init__(self, in_chans: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, 8, 3, stride=2, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        self.nhwc = nn.Identity()
+        self.nchw = nn.Identity()
+        self.window = nn.Linear(8, 8)
+        self.tokens = nn.Identity()
+        self.pair = Pair()
+        self.mixer = nn.Linear(64, 64)
+        self.mixed = nn.Identity()
+        self.soft = nn.Softmax(-1)
+        self.twice = nn.Identity()
+        self.sequence = nn.Identity()
+        self.batch_mean = nn.Identity()
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        x = self.relu(self.conv(x))
+        x = self.nhwc(self.mlp(self.norm(x.permute(0, 2, 3, 1))))
+        self.nchw(x.permute(0, 3, 1, 2))
+        x = self.window(x.reshape(n * 2, 32, 8))
+        x = self.tokens(x.reshape(n, 64, 8))
+        self.pair(x)
+        self.mixed(self.mixer(x.transpose(1, 2)).transpose(1, 2))
+        self.sequence(x.transpose(0, 1))
+        self.batch_mean(x - x.mean(0))
+        self.soft(x @ x.transpose(1, 2))
+        x = self.twice(x)
+        x = self.twice(2 * x)
+        return self.head(x.mean(1))
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.fixture
+def zoo() -> nn.Module:
+    torch.manual_seed(0)
+    return Zoo().eval()
+
+
+def images(n: int = 4, chans: int = 3, size: tuple[int, int] = SIZE) -> Tensor:
+    return torch.randn(n, chans, *size, generator=torch.Generator().manual_seed(1))
+
+
+def capture(model: nn.Module, layer: str, x: Tensor, *, before: bool = False, call: int = 0) -> Tensor:
+    """A layer's output (or input) by a hook of the test's own; a clone, as a later layer may work in place."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(layer)
+    if before:
+        handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    else:
+        handle = module.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen[call]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts with known answers
+
+
+@pytest.mark.parametrize(
+    ('node', 'layer', 'select'),
+    [
+        ('conv:3', 'conv', lambda t: t[:, 3].mean((1, 2))),
+        ('conv:3@2,5', 'conv', lambda t: t[:, 3, 2, 5]),
+        ('norm:3', 'norm', lambda t: t[..., 3].mean((1, 2))),
+        ('mlp:3', 'mlp', lambda t: t[..., 3].mean((1, 2))),
+        ('nhwc:3@2,5', 'nhwc', lambda t: t[:, 2, 5, 3]),
+        ('nchw:3', 'nchw', lambda t: t[:, 3].mean((1, 2))),
+        ('nchw:3@2,5', 'nchw', lambda t: t[:, 3, 2, 5]),
+        ('tokens:3', 'tokens', lambda t: t[..., 3].mean(1)),
+        ('tokens:3@40', 'tokens', lambda t: t[:, 40, 3]),
+        ('window:3', 'window', lambda t: t[..., 3].reshape(-1, 64).mean(1)),
+        ('window:3@1,30', 'window', lambda t: t.reshape(-1, 2, 32, 8)[:, 1, 30, 3]),
+        ('mixed:axis2=3', 'mixed', lambda t: t[..., 3].mean(1)),
+        ('mixed:axis1=3@7', 'mixed', lambda t: t[:, 3, 7]),
+        ('head:3', 'head', lambda t: t[:, 3]),
+        (3, 'head', lambda t: t[:, 3]),
+        ('3', 'head', lambda t: t[:, 3]),
+    ],
+)
+def test_score_is_the_activation(zoo, node, layer, select):
+    x = images()
+    score = resolve(zoo, node, size=SIZE)
+    assert score(x).dtype == torch.float32
+    torch.testing.assert_close(score(x), select(capture(zoo, layer, x)), rtol=1e-5, atol=1e-6)
+
+
+def test_activations_are_read_before_they_act_even_in_place(zoo):
+    x = images()
+    for layer, select in (('relu', lambda t: t[:, 3].mean((1, 2))), ('mlp.1', lambda t: t[..., 3].mean((1, 2)))):
+        score = resolve(zoo, f'{layer}:3', size=SIZE)
+        torch.testing.assert_close(score(x), select(capture(zoo, layer, x, before=True)), rtol=1e-5, atol=1e-6)
+        assert score.notes == ['read before the activation']
+    # The convolution's own output is what the ReLU overwrites.
+    torch.testing.assert_close(resolve(zoo, 'conv:3', size=SIZE)(x), resolve(zoo, 'relu:3', size=SIZE)(x))
+    assert resolve(zoo, 'conv:3', size=SIZE)(x).lt(0).any()
+
+
+def test_fused_norm_and_activation_is_read_before_the_activation():
+    model = timm.create_model('test_byobnet').eval()
+    layer = next(name for name, m in model.named_modules() if isinstance(m, timm.layers.BatchNormAct2d))
+    bn = model.get_submodule(layer)
+    x = images(2, size=(64, 64))
+    expected = nn.functional.batch_norm(
+        capture(model, layer, x, before=True), bn.running_mean, bn.running_var, eps=bn.eps
+    )
+    torch.testing.assert_close(resolve(model, f'{layer}:3', size=(64, 64))(x), expected[:, 3].mean((1, 2)))
+    assert isinstance(bn.act, nn.ReLU)  # else the test says nothing
+
+
+def test_calls_of_a_shared_module(zoo):
+    with pytest.raises(ValueError, match=r"runs 2 times.*'twice#1:3' to 'twice#2:3'"):
+        resolve(zoo, 'twice:3', size=SIZE)
+    first, second = resolve(zoo, 'twice#1:3', size=SIZE), resolve(zoo, 'twice#2:3', size=SIZE)
+    torch.testing.assert_close(second(images()), 2 * first(images()))
+    with pytest.raises(ValueError, match='calls #1 to #2'):
+        resolve(zoo, 'twice#3:3', size=SIZE)
+
+
+@pytest.mark.parametrize('chans', [1, 3, 4])
+def test_input_channels_are_found(chans):
+    model = Zoo(chans).eval()
+    score = resolve(model, 'conv:0', size=SIZE)
+    assert score.in_chans == chans
+    assert score(images(2, chans)).shape == (2,)
+    model = timm.create_model('test_vit', in_chans=chans).eval()
+    assert resolve(model, 0).in_chans == chans
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups, sums, callables
+
+
+def test_groups_of_images_are_scored_by_their_own_node(zoo):
+    def brightness(x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3))
+
+    members = [3, 'conv:2', 'window:1@0,3', brightness, {3: 2.0, 'norm:1': -0.5}, '3 - 0.25*tokens:1@2', 'conv:2@1,1']
+    x = images(2 * len(members))
+    together = resolve(zoo, members, size=SIZE)(x)
+    alone = [resolve(zoo, member, size=SIZE)(x[2 * i : 2 * i + 2]) for i, member in enumerate(members)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_weighted_sums(zoo):
+    x = images()
+    a, b = resolve(zoo, 3, size=SIZE)(x), resolve(zoo, 'conv:2', size=SIZE)(x)
+    for node in ({3: 1.0, 'conv:2': -0.5}, '3 - 0.5*conv:2', '-0.5 * conv:2 + 3', {'3 - 0.5*conv:2': 1}):
+        score = resolve(zoo, node, size=SIZE)
+        assert score.kinds == ['sum']
+        torch.testing.assert_close(score(x), a - 0.5 * b)
+    torch.testing.assert_close(resolve(zoo, '-2e-1*3', size=SIZE)(x), -0.2 * a)
+
+
+@pytest.mark.parametrize('node', [5, 'conv:2@1,3', '3 + 0.5*conv:2', '-0.1*3 - conv:2', 'twice#2:1', 'mixed:axis1=3@7'])
+def test_names_resolve_to_themselves(zoo, node):
+    score = resolve(zoo, node, size=SIZE)
+    again = resolve(zoo, score.names, size=SIZE)
+    assert again.names == score.names
+    torch.testing.assert_close(score(images()), again(images()))
+
+
+def test_kinds_and_layers(zoo):
+    score = resolve(zoo, [1, 'conv:2', lambda x: x.mean((1, 2, 3))], size=SIZE)
+    assert score.names == ['1', 'conv:2', '<lambda>']
+    assert score.kinds == ['class', 'layer', 'callable']
+    assert score.layers == [[''], ['conv'], []]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+@pytest.fixture(scope='module')
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model('resnet18').eval()
+
+
+@pytest.mark.parametrize(
+    ('node', 'name'),
+    [
+        ('goldfish', '1 goldfish'),
+        ('Goldfish', '1 goldfish'),
+        ('Carassius auratus', '1 goldfish'),
+        ('goldfish, Carassius auratus', '1 goldfish'),
+        ('n01443537', '1 goldfish'),
+        ('great_white_shark', '2 great white shark'),
+        ('black and tan coonhound', '165 black-and-tan coonhound'),
+        ('1 goldfish', '1 goldfish'),
+        (207, '207 golden retriever'),
+        ('layer3_1_conv2:17', 'layer3.1.conv2:17'),
+        ('layer3.1.conv2:17@3, 2', 'layer3.1.conv2:17@3,2'),
+        ('207 + 0.5*layer3.1.conv2:17', '207 golden retriever + 0.5*layer3.1.conv2:17'),
+    ],
+)
+def test_canonical_names(resnet, node, name):
+    assert resolve(resnet, node, size=(64, 64)).names == [name]
+
+
+def test_labels_of_the_model_come_first():
+    model = timm.create_model('test_resnet', num_classes=3).eval()
+    with pytest.raises(ValueError, match='no class names, give an index from 0 to 2'):
+        resolve(model, 'cat', size=(64, 64))
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': ['a1', 'a2', 'a3']}
+    model.pretrained_cfg['label_descriptions'] = {'a1': 'cat, tom', 'a2': 'dog', 'a3': 'tom'}
+    assert resolve(model, ['cat', 'a2'], size=(64, 64)).names == ['0 cat', '1 dog']
+    with pytest.raises(ValueError, match=r'ambiguous.*0 \(cat, tom\), 2 \(tom\)'):
+        resolve(model, 'tom', size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ('node', 'message'),
+    [
+        ('crane', r"'crane' is ambiguous, give the index: 134 \(crane\), 517 \(crane\)"),
+        ('goldfsh', "unknown class 'goldfsh': near names are goldfish"),
+        ('layer3.1.conv9:1', 'unknown layer .*near names are layer3.1.conv2'),
+        ('conv2:1', 'unknown layer'),
+        ('layer3:256', 'channel 256 is out of range, .* 0 to 255'),
+        ('layer3:1@4,0', 'position 4,0 is out of range, .* 4 x 4'),
+        ('layer3:1@1', 'position 1 is out of range, .* 4 x 4'),
+        ('layer3:1@,', "a position is '@row,col' or '@token'"),
+        ('fc:1@0', 'positions none'),
+        ('layer3', "'layer3' is a layer: name one of its channels, such as 'layer3:0'"),
+        ('layer3:x', 'is no node'),
+        ('layer3:-1', 'is no node'),
+        (1000, 'class 1000 is out of range: the model has classes 0 to 999'),
+        (-1, 'class -1 is out of range'),
+        ('-1', 'class -1 is out of range'),
+        (True, 'True is no node'),
+        (1.5, '1.5 is no node'),
+        (None, 'None is no node'),
+        ('', 'empty string'),
+        ([], 'empty list'),
+        ({}, 'empty dictionary'),
+        ([[1]], r'\[1\] is no node'),
+        ({1: float('nan')}, 'weight nan .* not a finite number'),
+        ({1: 'a'}, "weight 'a' .* not a finite number"),
+        ('layer3:axis4=1', 'axis 4 is out of range'),
+    ],
+)
+def test_bad_nodes(resnet, node, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(resnet, node, size=(64, 64))
+    assert hooks(resnet) == 0
+
+
+@pytest.mark.parametrize(
+    ('node', 'message'),
+    [
+        ('mixed:3', "does not tell which axis holds the channels, name it as 'mixed:axis1=17'"),
+        ('soft:3', 'does not tell which axis'),
+        ('sequence:axis2=3', 'depends on another image'),
+        ('sequence:3', 'depends on another image'),
+        ('batch_mean:3', 'depends on another image'),
+        ('pair:3', 'returns a tuple, not one tensor: name a layer inside it'),
+        ('unused:3', 'does not run in a forward pass'),
+        (lambda x: x.mean(), r'returns \[\] for 2 images'),
+        (lambda x: [1.0], 'returns list for 2 images'),
+        (lambda x: x.mean((1, 2, 3)) * float('nan'), 'is not finite'),
+        (lambda x: x.mean((1, 2, 3)).detach(), 'no gradient'),
+        (lambda x: x.mean((1, 2, 3)) - x.mean(), 'depends on another image'),
+    ],
+)
+def test_what_cannot_be_read_is_an_error(zoo, node, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(zoo, node, size=SIZE)
+
+
+def test_ambiguous_underscores():
+    model = nn.Sequential()
+    model.add_module('a_b', nn.Conv2d(3, 4, 1))
+    model.add_module('a', nn.Sequential())
+    model.a.add_module('b', nn.Conv2d(4, 4, 1))
+    model.eval()
+    assert resolve(model, 'a_b:1', size=SIZE).names == ['a_b:1']
+    model.a.add_module('b_c', nn.Conv2d(4, 4, 1))
+    model.add_module('a_b_c', nn.Conv2d(4, 4, 1))
+    with pytest.raises(ValueError, match=r'ambiguous: a\.b_c|unknown layer'):
+        resolve(model.eval(), 'a.b.c:1', size=SIZE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of all kinds
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.body, self.wrap = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), wrap
+
+    def forward(self, x: Tensor):
+        return self.wrap(self.body(x))
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda t: {'logits': t, 'features': t.sum()},
+        lambda t: {'out': t},
+        lambda t: (t, t * 2),
+        lambda t: torch.return_types.max((t, t)),
+    ],
+)
+def test_wrapped_logits(wrap):
+    model = Wrapped(wrap).eval()
+    torch.testing.assert_close(resolve(model, 4, size=SIZE)(images()), model.body(images())[:, 4])
+
+
+@pytest.mark.parametrize(
+    ('wrap', 'message'),
+    [
+        (lambda t: {'features': t}, r"keys \['features'\], not class logits"),
+        (lambda t: [t, t], 'a list, not class logits'),
+        (lambda t: 'text', 'a str, not class logits'),
+        (lambda t: t.sum(1), 'cannot be read'),
+        (lambda t: t * float('nan'), 'is not finite'),
+        (lambda t: t.detach(), 'no gradient'),
+    ],
+)
+def test_no_logits(wrap, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(Wrapped(wrap).eval(), 4, size=SIZE)
+    assert resolve(Wrapped(wrap).eval(), 'body.0:2', size=SIZE)(images()).shape == (4,)  # a layer still works
+
+
+def test_class_map_is_averaged():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
+    torch.testing.assert_close(resolve(model, 4, size=SIZE)(images()), model(images())[:, 4].mean((1, 2)))
+
+
+def test_rectified_and_softmax_classes_are_read_before_the_activation():
+    body = nn.Conv2d(3, 6, 3)
+    pooled = nn.Sequential(body, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    score = resolve(pooled, 2, size=SIZE)
+    torch.testing.assert_close(score(images()), body(images())[:, 2].mean((1, 2)))
+    assert score.layers == [['1']]
+    assert score.notes == ["class logit read before the activation '1'"]
+    soft = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5), nn.Softmax(1)).eval()
+    torch.testing.assert_close(resolve(soft, 2, size=SIZE, in_chans=3)(images()), soft[:2](images())[:, 2])
+    plain = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6)).eval()
+    assert resolve(plain, 2, size=SIZE).layers == [['']]
+
+
+def test_no_classifier():
+    model = timm.create_model('test_resnet', num_classes=0).eval()
+    with pytest.raises(ValueError, match='no classifier'):
+        resolve(model, 0)
+
+
+def test_train_mode_is_refused(zoo):
+    zoo.mlp.train()
+    with pytest.raises(ValueError, match=r'mlp is in train mode.*model\.eval\(\)'):
+        resolve(zoo, 3, size=SIZE)
+
+
+def test_refused_sizes(zoo):
+    with pytest.raises(ValueError, match=r'refuses 20 x 20 images of 3 channel.*own size is 224 x 224'):
+        resolve(zoo, 3, size=(20, 20))
+    vit = timm.create_model('test_vit').eval()
+    with pytest.raises(ValueError, match=r'refuses 100 x 100 .*own size is 160 x 160'):
+        resolve(vit, 3, size=(100, 100))
+    with pytest.raises(ValueError, match='refuses 160 x 160 images of 5 channel'):
+        resolve(vit, 3, in_chans=5)
+    for size in ((0, 4), (4,), 'big', (4.0, 4.0)):
+        with pytest.raises(ValueError, match='not a positive height and width'):
+            resolve(vit, 3, size=size)
+    with pytest.raises(ValueError, match='in_chans'):
+        resolve(vit, 3, in_chans=0)
+
+
+def test_own_size():
+    assert resolve(timm.create_model('test_vit').eval(), 0).size == (160, 160)
+    assert resolve(timm.create_model('test_vit', img_size=64).eval(), 0).size == (64, 64)
+    assert resolve(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(224), nn.Flatten()).eval(), 0).size == (224, 224)
+
+
+def test_bad_batches(zoo):
+    score = resolve(zoo, ['conv:1', 'conv:2'], size=SIZE)
+    for x in (images(3), images(2, 1), images(2)[0], images(2)[:0]):
+        with pytest.raises(ValueError, match=r'2 node\(s\) take \[N, 3, H, W\]'):
+            score(x)
+    with pytest.raises(ValueError, match=r'position \(7, 7\) is outside \(4, 4\)'):
+        resolve(zoo, 'conv:1@7,7', size=SIZE)(images(size=(8, 8)))
+    assert hooks(zoo) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One pass, stopped, and no trace of it
+
+
+def test_forward_stops_at_the_last_layer_needed(resnet):
+    x = images(2, size=(64, 64))
+    ran: list[str] = []
+    layers = [name for name, _ in resnet.named_modules() if name]
+    score = resolve(resnet, ['layer2.0.conv1:3', 'layer2.1:4'], size=(64, 64))
+    handles = [resnet.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: ran.append(n)) for n in layers]
+    score(x)
+    for handle in handles:
+        handle.remove()
+    assert 'layer2.1.conv2' in ran
+    assert 'layer3.0.conv1' not in ran
+    assert ran.count('conv1') == 1
+
+
+def test_the_model_is_left_as_it_was(resnet):
+    model = copy.deepcopy(resnet)
+    model.conv1.weight.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wishes = [p.requires_grad for p in model.parameters()]
+    score = resolve(model, [1, 'layer1.0.act1:3'], size=(64, 64))
+    score(images(2, size=(64, 64)))
+    assert hooks(model) == 0
+    assert [p.requires_grad for p in model.parameters()] == wishes
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(RuntimeError):
+        score(images(2, size=(64, 64)).double())
+    assert hooks(model) == 0
+
+
+def test_biases_cached_in_eval_mode_are_not_poisoned():
+    torch.manual_seed(0)
+    model = timm.create_model('levit_128s').eval().requires_grad_(False)
+    x = images(2, size=(224, 224)).requires_grad_()
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)[:, 3]
+    list_nodes(model, 'stages.0.*')
+    score = resolve(model, 3)
+    for _ in range(2):  # a cached graph would make the second backward fail
+        value = score(x)
+        torch.autograd.grad(value.sum(), x)
+        torch.testing.assert_close(value, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Early convolutions
+
+
+def test_receptive_field_and_default_size(resnet):
+    assert receptive_field(resnet, 'conv1') == (7, 7)
+    assert receptive_field(resnet, 'layer1.0.conv1') == (19, 19)
+    assert receptive_field(resnet, 'layer2.0') == (67, 67)  # through a branch whose gain starts at zero
+    assert receptive_field(resnet, 'layer4.1', size=(64, 64)) == (64, 64)
+    assert resolve(resnet, 'conv1:3').size == (10, 10)  # 7 + 3, stride 2
+    assert resolve(resnet, ['conv1:3', 'layer1.0.conv1:1']).size == (28, 28)  # 19 + 9, stride 4
+    for node in (['conv1:3', 1], 'conv1:3@5,5', 'layer4.1:3'):
+        assert resolve(resnet, node).size == (224, 224)
+    assert resolve(resnet, 'conv1:3', size=(64, 64)).size == (64, 64)
+    assert resolve(resnet, 'conv1:3')(images(2, size=(10, 10))).shape == (2,)
+
+
+def test_models_that_refuse_a_small_image_keep_their_size():
+    assert resolve(timm.create_model('test_vit', dynamic_img_size=False).eval(), 'patch_embed.proj:3').size == (
+        160,
+        160,
+    )
+
+
+def test_receptive_field_needs_a_map():
+    with pytest.raises(ValueError, match='has layout NLC'):
+        receptive_field(timm.create_model('test_vit').eval(), 'blocks.0')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists
+
+
+def test_list_nodes(zoo, capsys):
+    infos = {info.name: info for info in list_nodes(zoo, size=SIZE)}
+    assert infos['conv'] == NodeInfo('conv', (8, 8, 8), 8, 'NCHW')
+    assert infos['nhwc'] == NodeInfo('nhwc', (8, 8, 8), 8, 'NHWC')
+    assert infos['nchw'] == NodeInfo('nchw', (8, 8, 8), 8, 'NCHW')
+    assert infos['tokens'] == NodeInfo('tokens', (64, 8), 8, 'NLC')
+    assert infos['window'] == NodeInfo('window', (2, 32, 8), 8, '(NW)LC')
+    assert infos['head'] == NodeInfo('head', (10,), 10, 'NC')
+    assert infos['mixed'] == NodeInfo('mixed', (64, 8), None, '?')
+    assert {'twice#1', 'twice#2'} <= set(infos)
+    assert not {'unused', 'pair', ''} & set(infos)
+    assert [info.name for info in list_nodes(zoo, 'mlp.*', size=SIZE)] == ['mlp.0', 'mlp.1']
+    with pytest.raises(ValueError, match="no layer matches 'mpl"):
+        list_nodes(zoo, 'mpl.*', size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'names'),
+    [
+        ('mlp.*:2-3', ['mlp.0:2', 'mlp.0:3', 'mlp.1:2', 'mlp.1:3']),
+        ('head:8-20', ['head:8', 'head:9']),
+        ('head:*', [f'head:{i}' for i in range(10)]),
+        ('n?wc:1@2,3', ['nhwc:1@2,3']),
+        ('0-2', ['0', '1', '2']),
+        ('conv:3', ['conv:3']),
+        ('3 + 0.5*conv:3', ['3 + 0.5*conv:3']),
+        ('0.5*conv:3', ['0.5*conv:3']),
+        ('goldfish', ['goldfish']),
+    ],
+)
+def test_expand(zoo, pattern, names):
+    assert expand(zoo, pattern, size=SIZE) == names
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'message'),
+    [('conv:9-12', 'at most 8 channels'), ('conv:3-1', 'runs backwards'), ('x*:1', "no layer matches 'x[*]'")],
+)
+def test_expand_nothing(zoo, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        expand(zoo, pattern, size=SIZE)
+
+
+def test_command(capsys):
+    parser = argparse.ArgumentParser()
+    nodes.add_arguments(parser)
+    nodes.main(parser.parse_args(['test_vit', 'blocks.1.*']))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ['layer', 'channels', 'layout', 'shape']
+    assert any(line.split() == ['blocks.1.mlp.fc1', '192', 'NLC', '101', 'x', '192'] for line in lines)
+    with pytest.raises(ValueError, match='Unknown model'):
+        nodes.main(parser.parse_args(['no_such_model']))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every family
+
+
+def check_model(name: str) -> None:
+    """A class and a layer in the middle: finite, alive, and equal to what a hook of the test's own sees."""
+    torch.manual_seed(0)
+    cfg = timm.get_pretrained_cfg(name)
+    model = timm.create_model(name, **({} if cfg and cfg.num_classes else {'num_classes': 10}))
+    model.eval().requires_grad_(False)
+    for p in model.parameters():  # gains and heads that start at zero would hide what is behind them
+        if not p.any():
+            p.normal_(std=0.1)
+    infos = list_nodes(model)
+    usable = [info for info in infos if info.channels and len(info.shape) > 1 and '#' not in info.name]
+    assert len(usable) > len(infos) / 2
+    by_name = {info.name: info for info in infos}
+    for stage in getattr(model, 'feature_info', None) or []:  # timm's own word for the number of channels
+        info = by_name.get(stage.get('module', ''))
+        assert info is None or info.channels == stage['num_chs'], (stage, info)
+    modules = dict(model.named_modules())
+    blocks = [
+        info
+        for info in usable
+        if list(modules[info.name].children()) and 'Norm' not in type(modules[info.name]).__name__
+    ]
+    info = (blocks or usable)[len(blocks or usable) // 2]
+    axis = info.layout.replace('(NW)', 'N').index('C')
+    x = images(2, in_chans := resolve(model, 1).in_chans, resolve(model, 1).size).requires_grad_()
+    means = capture(model, info.name, x[1:]).movedim(axis, 0).flatten(1).float().mean(1)
+    channel = int(means.abs().argmax())  # a channel that is alive
+
+    score = resolve(model, [1, f'{info.name}:{channel}'])
+    assert score.layers == [[''], [info.name]]
+    assert score.in_chans == in_chans
+    value = score(x)
+    assert value.shape == (2,)
+    assert value.isfinite().all()
+    torch.testing.assert_close(value[1], means[channel], rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        logits = nodes.class_logits(model(x[:1]))
+    torch.testing.assert_close(value[:1], logits[:, 1].float(), rtol=1e-3, atol=1e-4)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    assert slope.isfinite().all()
+    assert slope.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize('name', FAST)
+def test_representative_models(name):
+    check_model(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in SMALL if name not in FAST])
+def test_all_other_modules(name):
+    check_model(name)
+
+
+@pytest.mark.slow
+def test_every_module_of_timm_is_in_the_list():
+    covered = {module for module in timm.list_modules() for name in SMALL if name in timm.list_models(module=module)}
+    ours = {module for module in timm.list_modules() if 'gencnn' in module}
+    missing = set(timm.list_modules()) - covered - ours
+    assert missing <= {'lenet', 'alexnet', 'zfnet', 'archs'}
+
+
+@pytest.mark.parametrize(
+    ('arch', 'layer', 'layout'),
+    [
+        ('resnet18', 'layer3.1.conv2', 'NCHW'),
+        ('swin_t', 'features.3.1', 'NHWC'),
+        ('vit_b_32', 'encoder.layers.encoder_layer_5.mlp', 'NLC'),
+    ],
+)
+def test_torchvision(arch, layer, layout):
+    torchvision = pytest.importorskip('torchvision')
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, arch)().eval().requires_grad_(False)
+    assert list_nodes(model, layer)[0].layout == layout
+    score = resolve(model, ['goldfish', f'{layer}:17'])
+    assert score.names[0] == '1 goldfish'
+    x = images(2, 3, score.size)
+    tensor = capture(model, layer, x[1:])
+    expected = tensor.select(layout.index('C'), 17).flatten(1).mean(1)
+    torch.testing.assert_close(score(x)[1:], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not (SHARED / 'networks').is_dir(), reason='needs ../shared/networks')
+@pytest.mark.parametrize(('arch', 'size'), [('squeezenet', 227), ('mobilenet_v1', 160)])
+def test_shared_networks(arch, size, monkeypatch):
+    monkeypatch.syspath_prepend(str(SHARED / 'networks'))
+    networks = pytest.importorskip('networks')
+    model = getattr(networks, arch)()
+    score = resolve(model, ['goldfish', 207], size=(size, size))
+    x = images(8, 3, (size, size)).requires_grad_()
+    (slope,) = torch.autograd.grad(score(x).sum(), x)
+    assert slope.flatten(1).any(1).all()  # no chain is dead
+    assert bool(score.notes[0]) == (arch == 'squeezenet')
+
+
+@pytest.mark.gpu
+def test_no_host_sync():
+    model = timm.create_model('resnet18').eval().requires_grad_(False).cuda()
+    score = resolve(model, [1, 'layer3.1.conv2:17', 'layer2.0:3@4,4', '207 + 0.5*layer1.0:3'])
+    x = torch.randn(8, 3, 224, 224, device='cuda', requires_grad=True)
+    score(x)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        torch.autograd.grad(score(x).sum(), x)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
