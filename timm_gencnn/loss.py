@@ -17,13 +17,13 @@ class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks. Every rank's loss depends on the sum, so the gradient is summed over ranks as well."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad
@@ -34,20 +34,26 @@ def log_mean_exp(logits: Tensor, distributed: bool = False) -> Tensor:
 
     Args:
         logits: Scores f_y(x_j) of images x_j drawn from q [n, C].
-        distributed: Take the mean over the images of all ranks. Three all-reduces of C numbers (one of them in the
-            backward pass) whatever the batch size; every rank must call it.
+        distributed: Take the mean over the images of all ranks: three all-reduces of C numbers (one of them in the
+            backward pass) whatever the batch size. Every rank must call it.
 
     Returns:
         log (1/n) sum_j exp f_y(x_j), at least float32 [C].
     """
     logits = _at_least_float32(logits)
-    n = logits.shape[0]
     if not distributed:
-        return logits.logsumexp(0) - math.log(n)
+        return logits.logsumexp(0) - math.log(len(logits))
     peak = logits.detach().amax(0)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    total = _AllReduceSum.apply(torch.cat([(logits - peak).exp().sum(0), logits.new_tensor([n])]))
-    return peak + total[:-1].log() - total[-1].log()
+    return peak + _mean_over_images((logits - peak).exp(), distributed).log()
+
+
+def _mean_over_images(x: Tensor, distributed: bool) -> Tensor:
+    """Mean over the first axis [n, ...] -> [...], of all ranks together if distributed."""
+    if not distributed:
+        return x.mean(0)
+    total = _AllReduceSum.apply(torch.cat([x.sum(0).flatten(), x.new_tensor([len(x)])]))
+    return (total[:-1] / total[-1]).view(x.shape[1:])
 
 
 def ess(logits: Tensor) -> Tensor:
@@ -84,6 +90,9 @@ class GenerativeLoss(nn.Module):
             loss of a rank is scaled so that the average over ranks, which DistributedDataParallel takes of the
             gradients, is that of one big batch even when the ranks' batch sizes differ.
 
+    Attributes:
+        log_z: The log Z_y that the last call estimated or was given [C], detached.
+
     Raises:
         ValueError: Unknown reduction.
 
@@ -99,6 +108,7 @@ class GenerativeLoss(nn.Module):
             raise ValueError(f'reduction {reduction!r} is not one of {", ".join(_REDUCTIONS)}')
         self.reduction = reduction
         self.distributed = distributed
+        self.log_z: Tensor | None = None
 
     def forward(
         self, logits: Tensor, target: Tensor, pool: Tensor | None = None, log_z: Tensor | None = None
@@ -121,14 +131,15 @@ class GenerativeLoss(nn.Module):
             ValueError: Shapes that do not fit, a batch of one image, a class index outside [0, C), scores that are
                 not finite. (The last two are checked on the CPU only: on an accelerator the check would stall it.)
         """
-        _check(logits, target, pool)
+        _check(logits, target, pool, least=1 if self.distributed and dist.get_world_size() > 1 else 2)
         logits = _at_least_float32(logits)
         images = logits if pool is None else torch.cat([logits, pool.to(logits.dtype)])
         if log_z is None:
             log_z = log_mean_exp(images, self.distributed)
         else:
-            weights = (images - log_z.detach()).exp().mean(0)
+            weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
             log_z = log_z.detach() + weights - weights.detach()
+        self.log_z = log_z.detach()
 
         if target.is_floating_point():
             loss = (target * (log_z - logits)).sum(1)
@@ -152,7 +163,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check(logits: Tensor, target: Tensor, pool: Tensor | None) -> None:
+def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> None:
     if logits.ndim != 2:
         raise ValueError(f'logits must be [n, C], not {list(logits.shape)}')
     n, classes = logits.shape
@@ -163,7 +174,7 @@ def _check(logits: Tensor, target: Tensor, pool: Tensor | None) -> None:
         raise ValueError(f'{kind} target for logits {[n, classes]} must be {expected}, not {list(target.shape)}')
     if pool is not None and (pool.ndim != 2 or pool.shape[1] != classes):
         raise ValueError(f'pool must be [m, {classes}] to match the logits, not {list(pool.shape)}')
-    if n + (0 if pool is None else len(pool)) < 2:
+    if n + (0 if pool is None else len(pool)) < least:
         raise ValueError(
             'a batch of 1 image has no image pool: the generative loss needs at least 2 images (raise the batch size)'
         )

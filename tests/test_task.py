@@ -1,0 +1,369 @@
+"""GenerativeTask: phases, intercepts, state, timm's own machinery around it, and several ranks."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, resume_task_checkpoint
+from timm.utils import CheckpointSaver, unwrap_model
+from torch import nn
+
+import timm_gencnn.task as task_module
+from timm_gencnn.loss import GenerativeLoss
+from timm_gencnn.task import GenerativeTask
+
+N, C = 16, 3
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model('test_resnet', num_classes=C, in_chans=1)
+
+
+class Linear(nn.Module):
+    """Flattened pixels times a matrix: a timm-like classifier that is fast enough for many steps."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.num_classes = C
+        self.fc = nn.Linear(16, C, bias=bias)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+def batch(seed: int = 0, n: int = N) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(C, (n,), generator=generator)
+    x = torch.randn(n, 1, 4, 4, generator=generator)
+    return x + target[:, None, None, None], target
+
+
+def make(**kwargs) -> GenerativeTask:
+    torch.manual_seed(0)
+    return GenerativeTask(Linear(), verbose=False, **kwargs)
+
+
+def train(task: nn.Module, steps: int, first: int = 0, lr: float = 0.1, optimizer=None) -> torch.optim.Optimizer:
+    optimizer = optimizer or torch.optim.SGD(task.parameters(), lr, momentum=0.9)
+    for i in range(first, first + steps):
+        loss = task(*batch(i))['loss']
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+# Phases
+
+
+def test_phases_use_their_losses():
+    x, target = batch()
+    for phase, criterion in (('DG', nn.CrossEntropyLoss()), ('GG', GenerativeLoss()), ('GG+DG', GenerativeLoss())):
+        result = make(phase=phase)(x, target)
+        torch.testing.assert_close(result['loss'], criterion(result['output'], target))
+
+
+def test_switches_after_gen_steps_and_folds_the_intercepts():
+    calls = []
+    task = make(gen_steps=5, on_switch=lambda: calls.append(task.steps))
+    train(task, 5)
+    assert task.generative
+    bias, alpha = task.trainable_module.fc.bias.detach().clone(), task.intercepts()
+    result = task(*batch(5))
+    assert not task.generative
+    assert calls == [5]
+    assert task.switch_step == 5
+    torch.testing.assert_close(task.trainable_module.fc.bias.detach(), bias + alpha)
+    torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], batch(5)[1]))
+
+
+def test_hybrid_is_the_weighted_mean_of_both_losses():
+    x, target = batch()
+    result = make(hybrid=0.25)(x, target)
+    output = result['output']
+    expected = 0.75 * GenerativeLoss()(output, target) + 0.25 * nn.functional.cross_entropy(output, target)
+    torch.testing.assert_close(result['loss'], expected)
+
+
+def test_hybrid_learns_its_biases_so_that_none_are_added():
+    task = make(hybrid=0.25)
+    train(task, 3)
+    assert task.get_eval_model() is task.trainable_module
+
+
+def test_switches_when_the_ess_has_fallen(monkeypatch):
+    monkeypatch.setattr(task_module, 'RECORD_EVERY', 5)
+    task = make(switch_ess=9.0, momentum=0.5)
+    train(task, 200, lr=0.03)
+    assert not task.generative
+    assert task.ess_history[-1] <= 9 < min(task.ess_history[1:-1])
+    assert task.switch_step % 5 == 1  # at the step after the record
+
+
+def test_switches_on_a_plateau_of_the_ess():
+    task = make(switch_ess='plateau')
+    falling = [10 * 0.98**i for i in range(30)]
+    task.ess_history = falling
+    assert not task._is_time_to_switch()
+    task.ess_history = [*falling, *[falling[-1]] * 9]
+    assert not task._is_time_to_switch()
+    task.ess_history = [*falling, *[falling[-1]] * 10]
+    assert task._is_time_to_switch()
+
+
+@pytest.mark.parametrize('phase', ['DG', 'GG'])
+def test_pure_phases_never_switch(phase):
+    task = make(phase=phase, gen_steps=0, switch_ess=1e9)
+    generative = task.generative
+    train(task, 3)
+    assert task.generative == generative
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'phase': 'dg'}, "phase 'dg' is not one of DG, GG"),
+        ({'hybrid': 1.0}, 'hybrid 1.0 is outside'),
+        ({'momentum': 0.0}, 'momentum 0.0 is outside'),
+        ({'switch_ess': 'flat'}, "switch_ess 'flat' is neither"),
+        ({'queue': -1}, 'queue -1'),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)
+
+
+# Intercepts
+
+
+def test_running_log_z_is_the_mean_of_z():
+    task = make(momentum=0.25)
+    zs = []
+    with torch.no_grad():
+        for i in range(4):
+            zs.append(task(*batch(i))['output'].exp().mean(0))
+    expected = zs[0]
+    for z in zs[1:]:
+        expected = 0.75 * expected + 0.25 * z
+    torch.testing.assert_close(task.log_z.exp(), expected)
+
+
+def test_eval_model_has_the_intercepts_and_is_restored():
+    """The generative loss leaves a wrong bias wrong; the intercepts make up for it, for validation only."""
+    task = make(momentum=0.1)
+    with torch.no_grad():
+        task.trainable_module.fc.bias += torch.tensor([50.0, 0.0, 0.0])
+    train(task, 60, lr=0.02)
+    x, target = batch(1000, 1000)
+    model = task.get_eval_model().eval()
+    raw = task.trainable_module(x)
+    assert (raw.argmax(1) == target).float().mean() < 0.5  # all images go to class 0
+    assert (model(x).argmax(1) == target).float().mean() > 0.9
+    torch.testing.assert_close(model(x), raw + task.intercepts())
+    assert torch.equal(task.trainable_module(x), raw)
+    assert unwrap_model(model) is task.trainable_module
+
+
+def test_no_intercepts_after_a_discriminative_phase():
+    task = make(phase='DG')
+    train(task, 2)
+    assert task.get_eval_model() is task.trainable_module
+
+
+def test_checkpoint_weights_are_folded_and_the_task_state_is_not():
+    task = make()
+    train(task, 10)
+    bias = task.trainable_module.fc.bias.detach().clone()
+    state = task.get_checkpoint_state()
+    torch.testing.assert_close(state['state_dict']['fc.bias'], bias + task.intercepts())
+    assert torch.equal(task.trainable_module.fc.bias, bias)
+    other = make()
+    other.load_checkpoint_state(state['state_dict'], state['task_state'])
+    assert torch.equal(other.trainable_module.fc.bias, bias)
+
+
+def test_a_head_without_bias_is_calibrated_by_its_eval_model():
+    torch.manual_seed(0)
+    task = GenerativeTask(Linear(bias=False), verbose=False)
+    train(task, 2)
+    x, _ = batch()
+    torch.testing.assert_close(task.get_eval_model()(x), task.trainable_module(x) + task.intercepts())
+    assert 'fc.weight' in task.get_checkpoint_state()['state_dict']
+
+
+# The image pool
+
+
+def test_unlabeled_images_enter_the_softmax_only():
+    task = make()
+    x, target = batch()
+    extra, _ = batch(1, 8)
+    result = task(x, target, unlabeled=extra)
+    assert result['output'].shape == (N, C)
+    torch.testing.assert_close(
+        result['loss'], GenerativeLoss()(task.trainable_module(x), target, pool=task.trainable_module(extra))
+    )
+    labeled = task(x, target)['loss']
+    assert not torch.isclose(result['loss'], labeled)
+    torch.testing.assert_close(make(phase='DG')(x, target, unlabeled=extra), make(phase='DG')(x, target))
+
+
+def test_queue_holds_the_last_logits_detached():
+    task = make(queue=24)
+    outputs = [task(*batch(i))['output'] for i in range(3)]
+    expected = torch.cat([outputs[2], outputs[1]])[:24]
+    assert torch.equal(task.queue, expected)
+    assert not task.queue.requires_grad
+    x, target = batch(3)
+    loss = task(x, target)['loss']
+    torch.testing.assert_close(loss, GenerativeLoss()(task.trainable_module(x), target, pool=expected))
+
+
+def test_running_log_z_weighs_the_images():
+    task = make(running_log_z=True, momentum=0.5)
+    train(task, 3)
+    x, target = batch(3)
+    before = task.log_z
+    loss = task(x, target)['loss']
+    new = torch.logaddexp(before, task.trainable_module(x).exp().mean(0).log()) - math.log(2)
+    torch.testing.assert_close(task.log_z, new)
+    torch.testing.assert_close(loss, GenerativeLoss()(task.trainable_module(x), target, log_z=new))
+
+
+# State and timm's machinery
+
+
+@pytest.mark.parametrize('kwargs', [{'gen_steps': 7}, {'queue': 20}, {'running_log_z': True}, {'phase': 'GG'}])
+def test_a_resumed_run_is_bit_equal(tmp_path, kwargs, monkeypatch):
+    monkeypatch.setattr(task_module, 'RECORD_EVERY', 2)
+    straight = make(**kwargs)
+    train(straight, 12)
+
+    first = make(**kwargs)
+    optimizer = train(first, 5)
+    saver = CheckpointSaver(first.trainable_module, optimizer, task=first, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    second = make(**kwargs)
+    train(second, 1)  # any other state
+    optimizer = torch.optim.SGD(second.parameters(), 0.1, momentum=0.9)
+    assert resume_task_checkpoint(second, str(tmp_path / 'last.pth.tar'), optimizer) == 1
+    assert second.steps == 5
+    train(second, 7, first=5, optimizer=optimizer)
+    for a, b in zip(straight.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name in task_module._STATE:
+        a, b = getattr(straight, name), getattr(second, name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_state_of_another_task_is_refused():
+    with pytest.raises(ValueError, match='not written by a GenerativeTask'):
+        make().load_task_state({'teacher': 1})
+    make().load_task_state(None)  # a plain checkpoint starts a fresh generative phase
+
+
+def test_ema_is_calibrated_saved_and_folded_at_the_switch():
+    task = make(gen_steps=4)
+    task.setup_ema(decay=0.5)
+    for i in range(4):
+        train(task, 1, first=i)
+        task.update_ema()
+    ema = task.get_trainable_module(ema=True).module
+    x, _ = batch()
+    torch.testing.assert_close(task.get_eval_model(ema=True)(x), ema(x) + task.intercepts())
+    state = task.get_checkpoint_state(ema=True)
+    torch.testing.assert_close(state['state_dict_ema']['fc.bias'], ema.fc.bias + task.intercepts())
+    bias, alpha = ema.fc.bias.clone(), task.intercepts()
+    other = make()
+    other.setup_ema()
+    other.load_checkpoint_state(state['state_dict_ema'], state['task_state_ema'], ema=True)
+    torch.testing.assert_close(other.get_trainable_module(ema=True).module.fc.bias, bias + alpha)
+    task(*batch(4))
+    torch.testing.assert_close(ema.fc.bias, bias + alpha)
+
+
+def test_works_with_timm_evaluator_optimizer_compile_and_deepcopy():
+    torch.manual_seed(0)
+    task = GenerativeTask(small_model(), phase='GG', verbose=False)
+    task.compile(backend='eager')
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='adamw', lr=1e-3)
+    x = torch.randn(8, 1, 32, 32)
+    target = torch.arange(8) % C
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16), task.no_sync():
+            loss = task(x, target)['loss']
+        assert loss.dtype == torch.float32
+        loss.backward()
+        nn.utils.clip_grad_norm_(task.get_clip_parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    task.eval()
+    evaluator = task.create_evaluator()
+    with torch.inference_mode():
+        evaluator.update(task.get_eval_model()(x), target)
+    assert evaluator.compute()['top1'] <= 100
+    assert '_orig_mod' not in ''.join(task.get_checkpoint_state()['state_dict'])
+    copy.deepcopy(task)
+    assert isinstance(task, ClassificationTask)
+
+
+# Several ranks
+
+
+def rank_batches(world: int, case: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x, target = batch(5, 20)
+    if case == 'uneven':
+        sizes = {1: [20], 2: [13, 7], 4: [9, 6, 4, 1]}[world]
+    else:  # each class lives on few ranks
+        order = target.argsort()
+        x, target, sizes = x[order], target[order], [20 // world] * world
+    return list(zip(x.split(sizes), target.split(sizes), strict=True))
+
+
+def run_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
+    results = {}
+    for case in ('uneven', 'missing'):
+        for mode in ('batch', 'running'):
+            task = make(phase='GG', running_log_z=mode == 'running')
+            task.prepare_distributed()
+            x, target = rank_batches(world, case)[rank]
+            loss = task(x, target)['loss']
+            loss.backward()
+            model = unwrap_model(task.trainable_module)
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            results[case, mode] = (model.fc.weight.grad, mean / world, task.log_z, task.class_counts)
+    if rank == world - 1:
+        torch.save(results, f'{folder}/results.pt')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('world', [1, 2, 4])
+def test_ranks_give_the_gradient_of_one_big_batch(tmp_path, world):
+    mp.start_processes(run_rank, args=(world, str(tmp_path)), nprocs=world, start_method='fork')
+    for (case, mode), got in torch.load(tmp_path / 'results.pt').items():
+        task = make(phase='GG', running_log_z=mode == 'running')
+        parts = rank_batches(world, case)
+        x, target = (torch.cat(t) for t in zip(*parts, strict=True))
+        loss = task(x, target)['loss']
+        loss.backward()
+        expected = (task.trainable_module.fc.weight.grad, loss.detach(), task.log_z, task.class_counts)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        if world > 1:  # control: softmax over each rank's own images is another gradient
+            alone = make(phase='GG')
+            losses = [alone(*part)['loss'] for part in parts if len(part[0]) > 1]
+            torch.stack(losses).mean().backward()
+            assert (alone.trainable_module.fc.weight.grad - got[0]).abs().max() > 1e-2

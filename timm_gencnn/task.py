@@ -1,0 +1,317 @@
+"""Generative pre-training as a timm task: the generative loss first, the discriminative one afterwards.
+
+Knows nothing of data sets, files or command lines.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor
+
+from .loss import GenerativeLoss, ess, log_mean_exp
+
+_logger = logging.getLogger(__name__)
+
+PHASES = ('DG', 'GG', 'GG+DG')
+RECORD_EVERY = 100  # steps between two entries of the ESS history; the automatic switch is decided there
+PLATEAU = 10  # records without a fall of 1 % that make a plateau
+_STATE = ('generative', 'steps', 'switch_step', 'log_z', 'class_counts', 'ess', 'ess_history', 'queue')
+
+
+class GenerativeTask(ClassificationTask):
+    """Train with the generative gradient (GG), the discriminative one (DG), or the first and then the second (GG+DG).
+
+    A drop-in for timm's ClassificationTask. In the generative phase the class biases receive no gradient; instead the
+    task keeps a running log Z_y per class, and adds the intercepts alpha_y = log rho_y - log Z_y to the logits of the
+    model that validation sees and to the classifier bias of the weights that a checkpoint holds. The bias that training
+    continues from lies in the checkpoint's task state, so that a resumed run goes on unchanged. At the switch the
+    intercepts are folded into the bias for good.
+
+    Across ranks the softmax over images is that of the global batch. Within accumulated gradients it is that of each
+    micro-batch, unless a queue joins them.
+
+    Args:
+        model: The model to train.
+        criterion: Discriminative loss; made from criterion_kwargs, as timm does, if None.
+        criterion_kwargs: Arguments of timm's create_classification_loss.
+        phase: 'DG', 'GG' or 'GG+DG'.
+        gen_steps: GG+DG switches after this many training steps (calls of forward).
+        switch_ess: GG+DG switches when the smoothed effective sample size, in images, has fallen to this number; or
+            'plateau': when it has not fallen by 1 % for 1000 steps. The mean over the classes counts.
+        hybrid: Weight h in [0, 1) of the discriminative loss in the generative phase: (1 - h) GG + h DG. With h > 0 the
+            discriminative part learns the biases, so no intercepts are added.
+        queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
+            E_p[grad f] is missing, and their logits are as stale as the queue is long.
+        running_log_z: Weigh the images of a batch by exp(f_y - running log Z_y) / n instead of by a softmax over the
+            batch, as SogCLR does. Biased by the lag of the running mean, less biased than a small batch.
+        momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1].
+        on_switch: Called without arguments after the switch, for example to restart a learning-rate schedule.
+        device, dtype, verbose: As in timm's ClassificationTask.
+
+    Raises:
+        ValueError: Unknown phase, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable | None = None,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+        *,
+        phase: str = 'GG+DG',
+        gen_steps: int | None = None,
+        switch_ess: float | str | None = None,
+        hybrid: float = 0.0,
+        queue: int = 0,
+        running_log_z: bool = False,
+        momentum: float = 0.01,
+        on_switch: Callable[[], None] | None = None,
+    ) -> None:
+        if phase not in PHASES:
+            raise ValueError(f'phase {phase!r} is not one of {", ".join(PHASES)}')
+        if isinstance(switch_ess, str) and switch_ess != 'plateau':
+            raise ValueError(f"switch_ess {switch_ess!r} is neither a number of images nor 'plateau'")
+        if not 0 <= hybrid < 1:
+            raise ValueError(f'hybrid {hybrid} is outside [0, 1); phase DG is the discriminative loss alone')
+        if not 0 < momentum <= 1:
+            raise ValueError(f'momentum {momentum} is outside (0, 1]')
+        if queue < 0 or (gen_steps is not None and gen_steps < 0):
+            raise ValueError(f'queue {queue} and gen_steps {gen_steps} must not be negative')
+        super().__init__(model, criterion, criterion_kwargs, device, dtype, verbose)
+        self.phase = phase
+        self.gen_steps = gen_steps
+        self.switch_ess = switch_ess
+        self.hybrid = hybrid
+        self.queue_size = queue
+        self.running_log_z = running_log_z
+        self.momentum = momentum
+        self.on_switch = on_switch
+        self.generative_loss = GenerativeLoss()
+
+        self.generative = phase != 'DG'
+        self.steps = 0
+        self.switch_step: int | None = None
+        self.log_z: Tensor | None = None  # running mean of Z_y, as a logarithm [C]
+        self.ess: Tensor | None = None  # running mean [C]
+        self.ess_history: list[float] = []
+        self.class_counts: Tensor | None = None  # images of each class so far [C], over all ranks
+        self.queue: Tensor | None = None
+        self._new_counts: Tensor | None = None  # those of this rank, not yet added to class_counts
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'GenerativeTask':
+        """Wrap the model in DistributedDataParallel and take the softmax over the images of all ranks."""
+        super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
+        self.generative_loss.distributed = True
+        return self
+
+    def forward(self, input: Tensor, target: Tensor, unlabeled: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute the loss of the current phase.
+
+        Args:
+            input: Images [n, C, H, W].
+            target: Class indices [n] or class weights [n, C].
+            unlabeled: Images without a class [m, C, H, W]. In the generative phase they enter the softmax, so that q
+                is the mixture of both sets; otherwise they are not used.
+
+        Returns:
+            'loss', a scalar, and 'output', the logits of the labeled images [n, C].
+        """
+        if self.generative and self._is_time_to_switch():
+            self.switch()
+        if not self.generative:
+            self.steps += 1
+            return super().forward(input, target)
+
+        logits = self.trainable_module(input if unlabeled is None else torch.cat([input, unlabeled]))
+        output, pool = logits[: len(input)], logits[len(input) :]
+        if self.queue is not None:
+            pool = torch.cat([pool, self.queue])
+        if self.running_log_z:
+            images = torch.cat([output, pool]).detach()
+            self._update_log_z(log_mean_exp(images, self.generative_loss.distributed))
+        loss = self.generative_loss(output, target, pool, log_z=self.log_z if self.running_log_z else None)
+        if not self.running_log_z:
+            self._update_log_z(self.generative_loss.log_z)
+        self._track(logits.detach(), target)
+        if self.hybrid:
+            loss = torch.lerp(loss, self.criterion(output, target).to(loss.dtype), self.hybrid)
+        return {'loss': loss, 'output': output}
+
+    # Running estimates
+
+    def _update_log_z(self, new: Tensor | None) -> None:
+        """Z_y <- (1 - momentum) Z_y + momentum (this batch's Z_y)."""
+        if self.log_z is None or new is None or self.momentum == 1:
+            self.log_z = new
+        else:
+            self.log_z = torch.logaddexp(self.log_z + math.log1p(-self.momentum), new + math.log(self.momentum))
+
+    @torch.no_grad()
+    def _track(self, logits: Tensor, target: Tensor) -> None:
+        """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records."""
+        ess_ = ess(logits)
+        self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, self.momentum)
+        classes = logits.shape[1]
+        counts = target.sum(0) if target.is_floating_point() else torch.bincount(target, minlength=classes)
+        self._new_counts = counts.float() if self._new_counts is None else self._new_counts + counts
+        if self.queue_size:
+            past = logits if self.queue is None else torch.cat([logits, self.queue])
+            self.queue = past[: self.queue_size]
+        if self.steps % RECORD_EVERY == 0:
+            self._record()
+        self.steps += 1
+
+    def _record(self) -> None:
+        assert self.ess is not None
+        assert self._new_counts is not None
+        record = torch.cat([self._new_counts, self.ess.mean()[None]])
+        if self.generative_loss.distributed:
+            dist.all_reduce(record)
+        new_counts = record[:-1]
+        self.class_counts = new_counts if self.class_counts is None else self.class_counts + new_counts
+        self._new_counts = None
+        self.ess_history.append(record[-1].item())
+
+    def _is_time_to_switch(self) -> bool:
+        if self.phase != 'GG+DG':
+            return False
+        if self.gen_steps is not None and self.steps >= self.gen_steps:
+            return True
+        history = self.ess_history
+        if self.switch_ess is None or len(history) < 2:  # the first record is a single batch
+            return False
+        if self.switch_ess == 'plateau':
+            return len(history) > PLATEAU and min(history[-PLATEAU:]) > 0.99 * min(history[:-PLATEAU])
+        return history[-1] <= float(self.switch_ess)
+
+    def switch(self) -> None:
+        """Go over to the discriminative gradient. Does nothing in the discriminative phase."""
+        if not self.generative:
+            return
+        if self.calibrates:
+            for ema in (False, True):
+                for bias in self._biases(ema).values():
+                    with torch.no_grad():
+                        bias += self.intercepts().to(bias)
+        self.generative = False
+        self.switch_step = self.steps
+        self.queue = None
+        if self.verbose:
+            _logger.info(f'Step {self.steps}: from the generative to the discriminative gradient')
+        if self.on_switch is not None:
+            self.on_switch()
+
+    # Intercepts
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model needs intercepts that its bias does not hold: in a purely generative phase."""
+        return self.generative and self.hybrid == 0 and self.log_z is not None
+
+    def intercepts(self) -> Tensor:
+        """alpha_y = log rho_y - log Z_y from the running estimates [C]; one image more a class keeps them finite.
+
+        Raises:
+            ValueError: Before the first generative step.
+        """
+        if self.log_z is None or self.class_counts is None:
+            raise ValueError('no log Z yet: the intercepts are known after the first generative training step')
+        counts = self.class_counts + 1
+        return (counts / counts.sum()).log() - self.log_z
+
+    def _plain_model(self, ema: bool) -> Any:
+        module = self.get_trainable_module(ema=ema)
+        return None if module is None else unwrap_model(module)
+
+    def _biases(self, ema: bool) -> dict[str, Tensor]:
+        """Final bias of each classifier head by its name in the state dict; empty if the heads have none."""
+        model = self._plain_model(ema)
+        if not hasattr(model, 'get_classifier'):
+            return {}
+        heads = model.get_classifier()
+        biases = []
+        for head in heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,):
+            linear = [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+            biases.append(linear[-1].bias if linear else None)
+        if any(b is None or self.log_z is None or b.shape != self.log_z.shape for b in biases):
+            return {}
+        return {name: p for name, p in model.named_parameters() if any(p is b for b in biases)}
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return the model for validation: with the intercepts added to its logits in the generative phase."""
+        model = super().get_eval_model(module, ema)
+        if model is None or module is not None or not self.calibrates:
+            return model
+        return _Calibrated(model, self.intercepts())
+
+    # Checkpoints
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Callable = unwrap_model) -> dict[str, Any]:
+        """timm's checkpoint entries, the weights with the intercepts folded in."""
+        state = super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
+        if state and self.calibrates:
+            key = 'state_dict_ema' if ema else 'state_dict'
+            folded = {name: bias.detach() + self.intercepts().to(bias) for name, bias in self._biases(ema).items()}
+            state[key] = {**state[key], **folded}
+        return state
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Phase, running log Z, ESS history, class counts and queue; and the biases as training has them."""
+        state: dict[str, Any] = {}
+        if self.calibrates:
+            state['bias'] = {name: bias.detach().clone() for name, bias in self._biases(ema).items()}
+        if not ema:
+            state.update({name: getattr(self, name) for name in _STATE}, new_counts=self._new_counts)
+        return state
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Restore what get_task_state returned, after the weights.
+
+        Raises:
+            ValueError: If strict and the state is not that of a GenerativeTask.
+        """
+        state = state or {}
+        if not ema:
+            missing = [name for name in _STATE if name not in state]
+            if missing:
+                if strict and state:
+                    raise ValueError(f'the checkpoint was not written by a GenerativeTask: it lacks {missing}')
+                return
+            for name in _STATE:
+                value = state[name]
+                setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
+            new_counts = state['new_counts']
+            self._new_counts = None if new_counts is None else new_counts.to(self.device)
+        with torch.no_grad():
+            for name, bias in state.get('bias', {}).items():
+                self._plain_model(ema).get_parameter(name).copy_(bias)
+
+
+class _Calibrated(nn.Module):
+    """A model with the intercepts added to its logits. unwrap_model sees through it."""
+
+    def __init__(self, module: nn.Module, intercepts: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self.intercepts = intercepts
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits = self.module(*args, **kwargs)
+        return logits.float() + self.intercepts.to(logits.device)
