@@ -163,7 +163,7 @@ def test_eval_model_has_the_intercepts_and_is_restored():
     task = make(momentum=0.1)
     with torch.no_grad():
         task.trainable_module.fc.bias += torch.tensor([50.0, 0.0, 0.0])
-    train(task, 60, lr=0.02)
+    train(task, 200, lr=0.01)
     x, target = batch(1000, 1000)
     model = task.get_eval_model().eval()
     raw = task.trainable_module(x)
@@ -287,7 +287,7 @@ def test_ema_is_calibrated_saved_and_folded_at_the_switch():
     other = make()
     other.setup_ema()
     other.load_checkpoint_state(state['state_dict_ema'], state['task_state_ema'], ema=True)
-    torch.testing.assert_close(other.get_trainable_module(ema=True).module.fc.bias, bias + alpha)
+    assert torch.equal(other.get_trainable_module(ema=True).module.fc.bias, bias)  # as training had it
     task(*batch(4))
     torch.testing.assert_close(ema.fc.bias, bias + alpha)
 
