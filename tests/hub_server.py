@@ -118,6 +118,13 @@ class LoopbackHub:
     def repo(self, name: str, kind: str = 'model') -> Repo:
         return self.repos[kind, name]
 
+    def new_repo(self, name: str, kind: str = 'model', private: bool = False) -> Repo:
+        """Make a repository as the Hub does, with one commit that says which files are large."""
+        repo = self.repos[kind, name] = Repo(kind, name, private)
+        rules = ''.join(f'*{suffix} filter=lfs diff=lfs merge=lfs -text\n' for suffix in LFS_SUFFIXES)
+        repo.commit('main', {'.gitattributes': Blob(rules.encode(), lfs=False)}, 'initial commit')
+        return repo
+
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
@@ -331,9 +338,7 @@ class HubHandler(Handler):
         if (kind, name) in self.hub.repos:
             self.send(409, {'error': f'You already created this {kind} repo', 'url': url})
             return
-        repo = self.hub.repos[kind, name] = Repo(kind, name, private=ask.get('visibility') == 'private')
-        rules = ''.join(f'*{suffix} filter=lfs diff=lfs merge=lfs -text\n' for suffix in LFS_SUFFIXES)
-        repo.commit('main', {'.gitattributes': Blob(rules.encode(), lfs=False)}, 'initial commit')
+        self.hub.new_repo(name, kind, private=ask.get('visibility') == 'private')
         self.send(200, {'url': url, 'id': name})
 
     def validate_yaml(self) -> None:

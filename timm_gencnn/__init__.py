@@ -3,6 +3,8 @@
 from . import archs as archs
 from . import registry as registry
 from .generative import GenerativeMixin, as_generative
+from .hub import from_pretrained, push_to_hub
+from .listing import list_pretrained
 from .loss import GenerativeLoss
 from .nodes import list_nodes
 from .samples import Samples
@@ -16,7 +18,10 @@ __all__ = [
     'GenerativeTask',
     'Samples',
     'as_generative',
+    'from_pretrained',
     'list_nodes',
+    'list_pretrained',
+    'push_to_hub',
     'visualize',
 ]
 

@@ -10,12 +10,15 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .registry import PREFIX
+
+if TYPE_CHECKING:
+    from .samples import Samples
 
 TEMPLATE = Path(__file__).parent / 'card_template.md'
 _SEAL = '\n<!-- written by timm_gencnn, sha256 {} -->\n'
@@ -101,27 +104,30 @@ def render_card(
     return seal(str(card))
 
 
-def describe_pictures(samples: Any) -> list[dict[str, Any]]:
+def describe_pictures(samples: Samples) -> list[dict[str, Any]]:
     """Say how the pictures of a `Samples` were made: one entry per node, with numbers rounded for reading."""
     settings, diagnostics = samples.settings, samples.diagnostics
-    chains = len(samples.images) // len(samples.nodes)
-
-    def value(key: str, node: int) -> str:
-        number = diagnostics.get(key)
-        if isinstance(number, list | tuple):
-            per_node = number[node * chains : (node + 1) * chains] if len(number) == len(samples.images) else number
-            number = sum(per_node) / len(per_node)
-        return '' if number is None else f'{number:.3g}'
-
+    exact = settings['regime'] == 'exact'
+    details = ', '.join(f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha', 'scale') if key in settings)
+    n = len(samples.images) // len(samples.nodes)
     return [
         {
             'node': name,
-            **{key: settings.get(key, '') for key in ('regime', 'reference', 'temperature', 'tilt', 'steps', 'seed')},
-            **{key: value(key, node) for key in ('score', 'acceptance', 'ess', 'r_hat')},
+            'n': n,
+            **{key: settings[key] for key in ('regime', 'temperature', 'tilt', 'steps', 'seed')},
+            'reference': f'{settings["reference"]} ({details})' if details else settings['reference'],
+            'score': f'{_mean(diagnostics["score"][i * n : (i + 1) * n]):.3g}',
+            'acceptance': f'{_mean(diagnostics["acceptance"][i * n : (i + 1) * n]):.2f}' if exact else '',
+            'ess': f'{diagnostics["ess"]:.0f}' if exact else '',
+            'r_hat': f'{diagnostics["r_hat"]:.3f}' if exact else '',
             'verdict': samples.verdict,
         }
-        for node, name in enumerate(samples.nodes)
+        for i, name in enumerate(samples.nodes)
     ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def seal(text: str) -> str:

@@ -26,7 +26,7 @@ from torch.nn.modules import module as nn_module
 
 WEIGHTS = 'model.safetensors'
 MAX_PARAMETERS = 10_000_000_000  # timm's largest network has 6.7e9
-MAX_MODULES = 50_000  # timm's largest network has some 3,000
+MAX_MODULES = 10_000  # timm's largest network has 2,541
 
 _MAX_SIDE = 8192
 _MAX_CHANNELS = 4096
@@ -226,6 +226,10 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + '...'
 
 
+class _TooLarge(ValueError):
+    pass
+
+
 @contextmanager
 def _bounded(source: str) -> Iterator[None]:
     """Refuse, within the block, to lay out a network of more than `MAX_PARAMETERS` numbers or `MAX_MODULES` modules."""
@@ -237,7 +241,7 @@ def _bounded(source: str) -> Iterator[None]:
             modules += isinstance(value, nn.Module)
             numbers += value.numel() if isinstance(value, torch.Tensor) else 0
             if numbers > MAX_PARAMETERS or modules > MAX_MODULES:
-                raise ValueError(
+                raise _TooLarge(
                     f'config.json of {source} asks for a network of more than {MAX_PARAMETERS:,} parameters or '
                     f'{MAX_MODULES:,} modules: it was not built'
                 )
@@ -274,6 +278,8 @@ def check_build(
     try:
         with torch.device('meta'), _bounded(source):
             model = timm.create_model(architecture, pretrained=False, pretrained_cfg=pretrained_cfg, **model_args)
+    except _TooLarge:
+        raise
     except Exception as error:
         raise ValueError(f'{architecture} cannot be built as config.json of {source} says: {error}') from error
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -351,14 +357,15 @@ def check_download(
     config = dict(pretrained_cfg)
     on_hub = config.pop('source') == 'hf-hub'
     location = str(config.pop('hf_hub_id' if on_hub else 'file'))
+    source = re.sub(r'.*models--(.+)--(.+)[/\\]snapshots[/\\].*', r'\1/\2', location)  # a folder of the Hub's cache
     if config.get('hf_hub_filename') == WEIGHTS:
         del config['hf_hub_filename']
-    check_model_config(config, model_args, location)
+    check_model_config(config, model_args, source)
     plain_args = {key: value for key, value in model_args.items() if key != 'log_z'}
-    shapes = check_build(architecture, config, plain_args, location)
+    shapes = check_build(architecture, config, plain_args, source)
     if not on_hub:
         if pretrained and (Path(location) / WEIGHTS).exists():
-            check_weights(Path(location) / WEIGHTS, shapes, location)
+            check_weights(Path(location) / WEIGHTS, shapes, source)
         return pretrained_cfg
     if pretrained:
         repo_id, _, revision = location.partition('@')
@@ -367,7 +374,7 @@ def check_download(
         except RemoteEntryNotFoundError as error:
             raise ValueError(f'{location} has no {WEIGHTS}: other formats may run code and are not loaded') from error
         check_hash(Path(path), location)
-        check_weights(path, shapes, location)
+        check_weights(path, shapes, source)
     return {**pretrained_cfg, 'hf_hub_filename': WEIGHTS}
 
 

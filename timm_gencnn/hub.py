@@ -34,13 +34,13 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
-from . import __version__, zoo
+from . import zoo
 from .card import describe_pictures, is_untouched, render_card
 from .config_check import WEIGHTS, check_hash, read_config
 from .registry import PREFIX
 
 if TYPE_CHECKING:
-    from .visualize import Samples
+    from .samples import Samples
 
 _logger = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def push_to_hub(
         folder = Path(temporary)
         write_folder(model, folder, repo_id, **facts)
         if gallery_dataset is not None:
-            _push_gallery(gallery, gallery_dataset, private=private, token=token)
-        api = HfApi(token=token, library_name='timm_gencnn', library_version=__version__)
+            _push_gallery(gallery, gallery_dataset, repo_id, private, token)
+        api = HfApi(token=token, library_name='timm_gencnn')
         with _explained(repo_id, 'nothing was published'):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
@@ -193,7 +193,6 @@ def from_pretrained(
                 cache_dir=cache_dir,
                 allow_patterns=['config.json', WEIGHTS],
                 library_name='timm_gencnn',
-                library_version=__version__,
             )
         )
     for name in ('config.json', WEIGHTS):
@@ -299,27 +298,43 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _write_pictures(gallery: Sequence[Samples], folder: Path, repo_id: str) -> list[dict[str, Any]]:
-    """Write one picture per node, a grid of its chains, and return what the card says of each."""
+    """Write one picture per node, a sheet of its chains, and return what the card says of each."""
     pictures = []
     for number, samples in enumerate(gallery):
-        chains = len(samples.images) // len(samples.nodes)
-        settings = {**samples.settings, 'model': f'hf-hub:{repo_id}'}  # not the path it was loaded from
-        for node, entry in enumerate(describe_pictures(samples)):
+        for i, entry in enumerate(describe_pictures(samples)):
             slug = re.sub(r'[^a-z0-9]+', '-', entry['node'].lower()).strip('-')
-            path = f'images/{number}-{node:03d}-{slug[:40]}.png'
-            images = samples.images[node * chains : (node + 1) * chains]
-            (folder / 'images').mkdir(exist_ok=True)
-            replace(samples, images=images, nodes=[entry['node']], settings=settings).save(folder / path)
+            path = f'images/{number}-{i:03d}-{slug[:40]}.png'
+            _one_node(samples, i, repo_id).save(folder / path)
             pictures.append({**entry, 'path': path})
     return pictures
 
 
-def _push_gallery(gallery: Sequence[Samples], repo_id: str, private: bool | None, token: str | None) -> None:
+def _one_node(samples: Samples, node: int, repo_id: str) -> Samples:
+    n = len(samples) // len(samples.nodes)
+    chains = slice(node * n, (node + 1) * n)
+    return replace(
+        _as_published(samples, repo_id),
+        images=samples.images[chains],
+        nodes=[samples.nodes[node]],
+        diagnostics={k: v[chains] if isinstance(v, list) else v for k, v in samples.diagnostics.items()},
+        trace=samples.trace[:, chains],
+        frames=None,
+    )
+
+
+def _as_published(samples: Samples, repo_id: str) -> Samples:
+    """Name the model by its repository, so that anyone can repeat the run, and not by a path on this machine."""
+    return replace(samples, settings={**samples.settings, 'model': f'hf-hub:{repo_id}'})
+
+
+def _push_gallery(
+    gallery: Sequence[Samples], dataset_id: str, repo_id: str, private: bool | None, token: str | None
+) -> None:
     from datasets import concatenate_datasets
 
-    dataset = concatenate_datasets([samples.to_dataset() for samples in gallery])
-    with _explained(repo_id, 'the gallery and the checkpoint were not published'):
-        dataset.push_to_hub(repo_id, private=private, token=token, commit_message='Publish a gallery')
+    dataset = concatenate_datasets([_as_published(samples, repo_id).to_dataset() for samples in gallery])
+    with _explained(dataset_id, 'the gallery and the checkpoint were not published'):
+        dataset.push_to_hub(dataset_id, private=private, token=token, commit_message='Publish a gallery')
 
 
 def _is_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:

@@ -1,0 +1,52 @@
+"""A Hub on the loopback interface, and a process with a Hub client that talks to it. Started by the tests that ask."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import hub_client
+import pytest
+from hub_server import LoopbackHub, running_hub
+
+
+@pytest.fixture(scope='session')
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp('hf_home')
+
+
+@pytest.fixture(scope='session')
+def _hub() -> Iterator[LoopbackHub]:
+    with running_hub(hub_client.USERS) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(_hub: LoopbackHub) -> Iterator[LoopbackHub]:
+    """The server, without faults of other tests; no token may have come to its object store."""
+    _hub.faults.clear()
+    _hub.requests.clear()
+    yield _hub
+    assert not any(authorized for _, path, authorized in _hub.requests if path.startswith('/objects/'))
+
+
+@pytest.fixture(scope='session')
+def client(_hub: LoopbackHub, hub_home: Path) -> Iterator[hub_client.Client]:
+    """Run a function of hub_client in the client process, and look for tokens in all that comes of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in hub_client.environment(_hub.endpoint, hub_home).items():
+            patch.setenv(name, value)
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), hub_client.prepare_process)
+        pool.submit(hub_client.process_id).result()
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> hub_client.Outcome:
+        outcome = pool.submit(hub_client.observed, function, *args, **kwargs).result(timeout=100)
+        for token in hub_client.USERS:
+            assert token not in outcome.everything
+        return outcome
+
+    with pool:
+        yield call
