@@ -12,6 +12,7 @@ state dict stays the plain model's, and so does `forward`. This module knows not
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -147,7 +148,7 @@ class GenerativeMixin(nn.Module):
             self._image_shape = tuple(images.shape[1:])
         if n == 0:
             raise ValueError('the loader has no images, so log Z cannot be estimated: give at least one batch')
-        log_z = log_sum - torch.tensor(n).log()
+        log_z = log_sum - math.log(n)
         self.set_log_z(log_z)
         return LogZEstimate(log_z, (2 * log_sum - log_sum_of_squares).exp(), n)
 
@@ -238,7 +239,7 @@ class GenerativeMixin(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         """Run the model and check that what comes out are the logits of a fixed function of each image."""
         name = type(self).__name__
-        if any(module.training for module in self.modules()):
+        if self.training or any(_is_random_or_coupled(module) for module in self.modules()):
             raise ValueError(f'{name} is in train mode, where it is not one function of an image: call .eval() first')
         if getattr(self, 'num_classes', None) == 0:
             raise ValueError(f'{name} has no classifier (num_classes=0), hence no scores: create it with num_classes')
@@ -370,6 +371,12 @@ def _forget_log_z(reset_classifier: Callable[..., None]) -> Callable[..., None]:
 
 def _rebuild(base: Any, rebuild: Callable[..., nn.Module], *args: Any) -> nn.Module:
     return rebuild(_generative_class(base), *args)
+
+
+def _is_random_or_coupled(module: nn.Module) -> bool:
+    """Whether a layer in train mode makes the score of an image depend on chance or on the rest of the batch."""
+    coupled = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return module.training and (coupled or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0))
 
 
 def _take_class(values: Tensor, y: int | Tensor | None) -> Tensor:
