@@ -261,7 +261,7 @@ def command(*arguments: str) -> int:
 def listed() -> tuple[list[Any], list[str]]:
     from timm_gencnn import listing, zoo
 
-    return listing.list_pretrained(), zoo.names()
+    return listing.list_pretrained(), zoo.names(zoo.FOLDER)
 
 
 def validate_card(text: str) -> None:

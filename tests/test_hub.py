@@ -18,7 +18,7 @@ from hub_server import Blob, LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 MEASURED = {
-    'results': {'dataset': 'ylecun/mnist', 'split': 'test', 'test_error': 0.77, 'nll': 0.025},
+    'results': {'dataset': 'ylecun/mnist', 'split': 'test', 'test_error': 0.77, 'nll': 0.025, 'train_loss': 0.001},
     'recipe': {'command': 'gencnn train --config lenet_mnist', 'seed': 0},
     'license': 'apache-2.0',
 }
@@ -119,7 +119,7 @@ def test_an_untouched_card_is_renewed(hub: LoopbackHub, client: Client) -> None:
     ok(client(hub_client.push, 'alice/renewed'))
     assert 'No result was measured' in card(hub, 'alice/renewed')
     ok(client(hub_client.push, 'alice/renewed', **MEASURED))
-    assert '| test_error | 0.77 |' in card(hub, 'alice/renewed')
+    assert '| error (%) | 0.77 |' in card(hub, 'alice/renewed')
 
 
 def test_private(hub: LoopbackHub, client: Client) -> None:
@@ -187,15 +187,19 @@ def test_card(hub: LoopbackHub, client: Client, published: tuple[str, str]) -> N
     text = card(hub, 'alice/net')
     ok(client(hub_client.validate_card, text))
     assert client(hub_client.validate_card, text.replace('license: apache-2.0', 'license: do what you like')).error
-    assert client(hub_client.validate_card, text.replace('  - type: nll\n', '  - kind: nll\n', 1)).error
+    assert client(hub_client.validate_card, text.replace('      value: 0.025\n', '', 1)).error
     for part in (
         *('library_name: timm', 'pipeline_tag: image-classification', 'ylecun/mnist', 'value: 0.77', '<Gallery />'),
         *('url: images/0-001-1-class-1.png', 'gencnn train --config lenet_mnist', 'dai2015generative'),
-        '| 1 (class 1) | 2 | natural (alpha 1.25, scale 2) | 0.02 | 50.0 | 64 | 5 | 2.5 |  |  |  | gallery regime:',
+        '- **0 (class 0), 1 (class 1)**: 2 chains per node, reference `natural` (alpha 1.25, scale 2), temperature',
+        ' 0.02, tilt 50, 64 image gradients per chain, seed 5. Gallery regime: not samples of the model at T = 1.',
+        'Mean score by node: 0.5, 2.5.',
         '**not samples of the\nmodel**',
     ):
         assert part in text
-    assert 'model-index' not in card(hub, 'alice/parts')  # nothing was measured
+    assert 'train_loss' not in text
+    ok(client(hub_client.push, 'alice/unmeasured'))
+    assert 'model-index' not in card(hub, 'alice/unmeasured')
 
 
 def test_snippets_with_this_package(
@@ -204,7 +208,7 @@ def test_snippets_with_this_package(
     for code in python_blocks(card(hub, 'alice/net')):
         if 'timm_gencnn' in code:
             assert code.startswith('import timm_gencnn')
-            quick = code.replace('(model, 0)', '(model, 0, n=1, steps=4)')
+            quick = code.replace('(model, 0)', '(model, 0, n=1, steps=8)')
             ok(client(hub_client.run_code, quick.replace('class_0.png', str(tmp_path / 'class_0.png'))))
     assert (tmp_path / 'class_0.png').exists()
 
@@ -422,7 +426,7 @@ def test_push_command(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     dry = client(hub_client.command, *push, '--results', str(results), '--dry-run', str(folder))
     assert ok(dry) == 0
     assert 'model.safetensors' in dry.log
-    assert '| test_error | 1.5 |' in (folder / 'README.md').read_text()
+    assert '| error (%) | 1.5 |' in (folder / 'README.md').read_text()
     assert 'made by hand' in (folder / 'README.md').read_text()
     assert not hub.requests
     pushed = client(hub_client.command, *push, '--token', TOKEN, '--private')

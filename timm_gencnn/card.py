@@ -31,7 +31,8 @@ def render_card(
     *,
     results: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
-    pictures: Sequence[dict[str, Any]] = (),
+    gallery: Sequence[Samples] = (),
+    pictures: Sequence[tuple[str, str]] = (),
     gallery_dataset: str | None = None,
     license: str | None = None,
 ) -> str:
@@ -41,9 +42,11 @@ def render_card(
         repo_id: 'USER/REPO' on the Hub.
         config: The checkpoint's config.json.
         parameters: Number of parameters.
-        results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one) and `split`.
+        results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one) and `split`. Errors
+            are in percent; metrics of the training set, 'train_...', are not shown.
         recipe: How the checkpoint was made. The card shows `command`.
-        pictures: One per node, as `describe_pictures` makes them, with `path` in the repository.
+        gallery: The runs that made the pictures.
+        pictures: (caption, path in the repository) of each.
         gallery_dataset: Data set repository that holds the whole gallery.
         license: Identifier of the weights' licence, as the Hub writes it ('apache-2.0', 'mit', ...).
 
@@ -54,7 +57,11 @@ def render_card(
     name = repo_id.split('/')[-1]
     dataset: str | None = results.get('dataset')
     split = results.get('split', 'test')
-    metrics = {key: value for key, value in results.items() if type(value) in (int, float)}
+    metrics = {
+        key.removeprefix('test_'): value
+        for key, value in results.items()
+        if type(value) in (int, float) and not key.startswith('train_')
+    }
     on_hub = dataset is not None and re.fullmatch(r'[\w.-]+/[\w.-]+', dataset)
     plain_architecture = config['architecture'].removeprefix(PREFIX)
     data = ModelCardData(
@@ -71,15 +78,16 @@ def render_card(
                 dataset_name=dataset or 'unknown',
                 dataset_split=split,
                 metric_type=metric,
+                metric_name=_metric_name(metric),
                 metric_value=value,
             )
             for metric, value in metrics.items()
         ]
         or None,
-        widget=[{'text': picture['node'], 'output': {'url': picture['path']}} for picture in pictures] or None,
+        widget=[{'text': caption, 'output': {'url': path}} for caption, path in pictures] or None,
     )
     channels, height, width = config['pretrained_cfg']['input_size']
-    regimes = {picture['regime'] for picture in pictures}
+    regimes = {samples.settings['regime'] for samples in gallery}
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -94,9 +102,9 @@ def render_card(
         has_log_z='log_z' in config.get('model_args', {}),
         dataset=dataset or 'the test set',
         split=split,
-        metrics={metric: f'{value:.6g}' for metric, value in metrics.items()},
+        metrics={_metric_name(metric): f'{value:.6g}' for metric, value in metrics.items()},
         command=recipe.get('command'),
-        pictures=pictures,
+        runs=[describe_run(samples) for samples in gallery],
         gallery_regime='gallery' in regimes,
         exact_regime='exact' in regimes,
         gallery_dataset=gallery_dataset,
@@ -104,30 +112,26 @@ def render_card(
     return seal(str(card))
 
 
-def describe_pictures(samples: Samples) -> list[dict[str, Any]]:
-    """Say how the pictures of a `Samples` were made: one entry per node, with numbers rounded for reading."""
+def _metric_name(metric: str) -> str:
+    return f'{metric} (%)' if 'error' in metric else metric
+
+
+def describe_run(samples: Samples) -> str:
+    """Say in one paragraph how pictures were made, and what their diagnostics are."""
     settings, diagnostics = samples.settings, samples.diagnostics
-    exact = settings['regime'] == 'exact'
-    details = ', '.join(f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha', 'scale') if key in settings)
-    n = len(samples.images) // len(samples.nodes)
-    return [
-        {
-            'node': name,
-            'n': n,
-            **{key: settings[key] for key in ('regime', 'temperature', 'tilt', 'steps', 'seed')},
-            'reference': f'{settings["reference"]} ({details})' if details else settings['reference'],
-            'score': f'{_mean(diagnostics["score"][i * n : (i + 1) * n]):.3g}',
-            'acceptance': f'{_mean(diagnostics["acceptance"][i * n : (i + 1) * n]):.2f}' if exact else '',
-            'ess': f'{diagnostics["ess"]:.0f}' if exact else '',
-            'r_hat': f'{diagnostics["r_hat"]:.3f}' if exact else '',
-            'verdict': samples.verdict,
-        }
-        for i, name in enumerate(samples.nodes)
-    ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    numbers = ', '.join(f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha', 'scale') if key in settings)
+    n = len(samples) // len(samples.nodes)
+    scores = (sum(diagnostics['score'][i * n : (i + 1) * n]) / n for i in range(len(samples.nodes)))
+    text = (
+        f'**{", ".join(samples.nodes)}**: {n} chains per node, reference `{settings["reference"]}` ({numbers}), '
+        f'temperature {settings["temperature"]:g}, tilt {settings["tilt"]:g}, {settings["steps"]} image gradients per '
+        f'chain, seed {settings["seed"]}. {samples.verdict[0].upper()}{samples.verdict[1:]}. Mean score by node: '
+        f'{", ".join(f"{score:.3g}" for score in scores)}.'
+    )
+    if settings['regime'] == 'exact':
+        acceptance = sum(diagnostics['acceptance']) / len(diagnostics['acceptance'])
+        text += f' Acceptance {acceptance:.2f}, ESS {diagnostics["ess"]:.0f}, R-hat {diagnostics["r_hat"]:.3f}.'
+    return text
 
 
 def seal(text: str) -> str:

@@ -35,7 +35,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from . import zoo
-from .card import describe_pictures, is_untouched, render_card
+from .card import is_untouched, render_card
 from .config_check import WEIGHTS, check_hash, read_config
 from .registry import PREFIX
 
@@ -250,6 +250,7 @@ def write_folder(
         sum(parameter.numel() for parameter in model.parameters()),
         results=results,
         recipe=recipe,
+        gallery=gallery,
         pictures=_write_pictures(gallery, folder, repo_id),
         gallery_dataset=gallery_dataset,
         license=license,
@@ -297,15 +298,15 @@ def _architecture(model: nn.Module) -> str:
     return architecture
 
 
-def _write_pictures(gallery: Sequence[Samples], folder: Path, repo_id: str) -> list[dict[str, Any]]:
-    """Write one picture per node, a sheet of its chains, and return what the card says of each."""
+def _write_pictures(gallery: Sequence[Samples], folder: Path, repo_id: str) -> list[tuple[str, str]]:
+    """Write one picture per node, a sheet of its chains, and return each one's caption and path."""
     pictures = []
     for number, samples in enumerate(gallery):
-        for i, entry in enumerate(describe_pictures(samples)):
-            slug = re.sub(r'[^a-z0-9]+', '-', entry['node'].lower()).strip('-')
+        for i, node in enumerate(samples.nodes):
+            slug = re.sub(r'[^a-z0-9]+', '-', node.lower()).strip('-')
             path = f'images/{number}-{i:03d}-{slug[:40]}.png'
             _one_node(samples, i, repo_id).save(folder / path)
-            pictures.append({**entry, 'path': path})
+            pictures.append((node, path))
     return pictures
 
 
@@ -417,8 +418,8 @@ def main(args: argparse.Namespace) -> None:
     shipped = args.model.removeprefix(PREFIX)
     if args.results:
         measured = json.loads(Path(args.results).read_text(encoding='utf-8'))
-    elif shipped in zoo.names() and not args.checkpoint:
-        measured = zoo.read(shipped)
+    elif shipped in zoo.names(zoo.FOLDER) and not args.checkpoint:
+        measured = zoo.read(shipped, zoo.FOLDER)
     gallery = []
     if args.nodes:
         from .visualize import visualize

@@ -1,6 +1,6 @@
 """Turn a checkpoint of `gencnn train` into one that ships in the wheel.
 
-    python tests/benchmarks/make_zoo.py output/train/RUN/last.pth.tar gg_dg_mnist
+    python tests/benchmarks/make_zoo.py output/train/RUN/last.pth.tar gg_dg_mnist --dataset ylecun/mnist
 
 Loads the weights and the settings of the run, estimates log Z over the training set in one exact pass (and, after a
 purely generative run, folds it into the bias in place of the running estimate), measures the test error before and
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('tag')
     parser.add_argument('--folder', default=zoo.FOLDER)
+    parser.add_argument('--dataset', required=True, help="Hub id of the data set, for the card: 'ylecun/mnist'")
     parser.add_argument('--seconds', type=float, help='how long the training took')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,7 +74,10 @@ def main() -> None:
         as_generative(model),
         args.tag,
         args.folder,
-        results={'test_error': round(error, 2), 'test_nll': round(nll, 4), 'train_loss': float(last['train_loss'])},
+        results={
+            **{'dataset': args.dataset, 'split': run.val_split},
+            **{'test_error': round(error, 2), 'test_nll': round(nll, 4), 'train_loss': float(last['train_loss'])},
+        },
         recipe={
             'command': f'gencnn train -c {run.config} --phase {run.phase} --seed {run.seed}',
             'seed': run.seed,
