@@ -284,9 +284,18 @@ def _depends(tensor: Tensor, param: Tensor) -> bool:
 def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
     """How much of a slice's gradient with respect to `param` falls on a single entry: 1 for a channel's own slice."""
     size = tensor.shape[axis]
-    for index in dict.fromkeys(
-        [size - 1, 0, size // 2, size // 3, size // 4, size // 5]
-    ):  # the first one that is alive
+    # The first slice that is alive: the latest branch of a concatenation is mostly its end.
+    places = [
+        size - 1,
+        0,
+        size - 2,
+        size - 3,
+        size - 5,
+        size - 9,
+        size - 17,
+        *(size * k // 12 for k in range(11, 0, -1)),
+    ]
+    for index in dict.fromkeys(place for place in places if place >= 0):
         slope = grad(_weighted(tensor.select(axis, index)), param)
         if slope is None:
             return None
