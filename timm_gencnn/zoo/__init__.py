@@ -30,22 +30,22 @@ __all__ = ['FOLDER', 'names', 'read', 'save', 'verify']
 FOLDER = Path(__file__).parent
 
 
-def names(folder: Path = FOLDER) -> list[str]:
-    """Return the checkpoints in a folder as '<arch>.<tag>', in alphabetical order."""
-    return sorted(path.stem for path in folder.glob('*.*.safetensors'))
+def names(folder: Path | None = None) -> list[str]:
+    """Return the checkpoints in a folder (None for this one) as '<arch>.<tag>', in alphabetical order."""
+    return sorted(path.stem for path in (folder or FOLDER).glob('*.*.safetensors'))
 
 
-def read(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+def read(name: str, folder: Path | None = None) -> dict[str, Any]:
     """Return the JSON record of a checkpoint.
 
     Args:
         name: '<arch>.<tag>'.
-        folder: Where the checkpoint lies.
+        folder: Where the checkpoint lies; None for this one.
 
     Raises:
         ValueError: If the record is missing or is not a JSON object with the keys above.
     """
-    path = folder / f'{name}.json'
+    path = (folder or FOLDER) / f'{name}.json'
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
         record['architecture'], record['tag'], record['pretrained_cfg'], record['sha256']
@@ -54,13 +54,13 @@ def read(name: str, folder: Path = FOLDER) -> dict[str, Any]:
     return record
 
 
-def verify(name: str, folder: Path = FOLDER) -> None:
+def verify(name: str, folder: Path | None = None) -> None:
     """Check that a checkpoint is the one its record describes.
 
     Raises:
         ValueError: If the safetensors file has other contents than when it was saved.
     """
-    path = folder / f'{name}.safetensors'
+    path = (folder or FOLDER) / f'{name}.safetensors'
     if hashlib.sha256(path.read_bytes()).hexdigest() != read(name, folder)['sha256']:
         raise ValueError(f'{path} is corrupted (its SHA-256 is not that of its record): install timm_gencnn again')
 
@@ -68,7 +68,7 @@ def verify(name: str, folder: Path = FOLDER) -> None:
 def save(
     model: nn.Module,
     tag: str,
-    folder: str | os.PathLike[str] = FOLDER,
+    folder: str | os.PathLike[str],
     *,
     results: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
