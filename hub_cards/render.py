@@ -48,7 +48,7 @@ def render(name: str, namespace: str, n: int, steps: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', help='checkpoints, as <arch>.<tag> (default: the whole zoo)')
-    parser.add_argument('--namespace', default='timm-gencnn', help='user or organisation on the Hub')
+    parser.add_argument('--namespace', default='USER', help='user or organisation on the Hub')
     parser.add_argument('-n', type=int, default=16, help='pictures per class')
     parser.add_argument('--steps', type=int, default=512, help='image gradients per picture')
     args = parser.parse_args()

@@ -10,11 +10,13 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from . import zoo
 from .registry import PREFIX
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ def render_card(
         architecture=config['architecture'],
         plain_architecture=plain_architecture,
         in_timm=timm.models.model_entrypoint(plain_architecture).__module__.startswith('timm.'),
+        shipped=name if name.removeprefix(PREFIX) in zoo.names(zoo.FOLDER) else None,
         parameters=f'{parameters:,}',
         num_classes=config['num_classes'],
         input_size=f'{channels} x {height} x {width}',
@@ -119,13 +122,16 @@ def _metric_name(metric: str) -> str:
 def describe_run(samples: Samples) -> str:
     """Say in one paragraph how pictures were made, and what their diagnostics are."""
     settings, diagnostics = samples.settings, samples.diagnostics
-    numbers = ', '.join(f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha', 'scale') if key in settings)
+    numbers = [f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha', 'scale') if settings.get(key) is not None]
+    reference = f'`{settings["reference"]}`' + (f' ({", ".join(numbers)})' if numbers else '')
+    tilt = settings['tilt']
+    tilts = f'{tilt:g}' if tilt is not None else f'chosen per chain (median {median(diagnostics["tilt"]):.3g})'
     n = len(samples) // len(samples.nodes)
     scores = (sum(diagnostics['score'][i * n : (i + 1) * n]) / n for i in range(len(samples.nodes)))
     text = (
-        f'**{", ".join(samples.nodes)}**: {n} chains per node, reference `{settings["reference"]}` ({numbers}), '
-        f'temperature {settings["temperature"]:g}, tilt {settings["tilt"]:g}, {settings["steps"]} image gradients per '
-        f'chain, seed {settings["seed"]}. {samples.verdict[0].upper()}{samples.verdict[1:]}. Mean score by node: '
+        f'**{", ".join(samples.nodes)}**: {n} chains per node, reference {reference}, temperature '
+        f'{settings["temperature"]:g}, tilt {tilts}, {settings["steps"]} image gradients per chain, seed '
+        f'{settings["seed"]}. {samples.verdict[0].upper()}{samples.verdict[1:]}. Mean score by node: '
         f'{", ".join(f"{score:.3g}" for score in scores)}.'
     )
     if settings['regime'] == 'exact':
