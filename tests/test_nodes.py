@@ -65,6 +65,7 @@ class Zoo(nn.Module):
         self.twice = nn.Identity()
         self.sequence = nn.Identity()
         self.batch_mean = nn.Identity()
+        self.gate = nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 1), nn.Sigmoid())
         self.unused = nn.Linear(8, 8)
         self.head = nn.Linear(8, 10)
 
@@ -77,6 +78,7 @@ class Zoo(nn.Module):
         x = self.tokens(x.reshape(n, 64, 8))
         self.pair(x)
         self.mixed(self.mixer(x.transpose(1, 2)).transpose(1, 2))
+        self.gate(x)
         self.sequence(x.transpose(0, 1))
         self.batch_mean(x - x.mean(0))
         self.soft(x @ x.transpose(1, 2))
@@ -315,6 +317,7 @@ def test_bad_nodes(resnet, node, message):
     [
         ('mixed:3', "does not tell which axis holds the channels, name it as 'mixed:axis1=17'"),
         ('soft:3', 'does not tell which axis'),
+        ('gate:0', 'does not tell which axis'),  # [N, 64, 1]: the 64 are tokens
         ('sequence:axis2=3', 'depends on another image'),
         ('sequence:3', 'depends on another image'),
         ('batch_mean:3', 'depends on another image'),
@@ -545,6 +548,12 @@ def test_list_nodes(zoo, capsys):
     assert [info.name for info in list_nodes(zoo, 'mlp.*', size=SIZE)] == ['mlp.0', 'mlp.1']
     with pytest.raises(ValueError, match="no layer matches 'mpl"):
         list_nodes(zoo, 'mpl.*', size=SIZE)
+
+
+def test_layers_behind_a_gain_of_zero_have_an_axis():
+    model = timm.create_model('test_nfnet').eval()
+    assert not any(gain.any() for name, gain in model.named_parameters() if name.endswith('skipinit_gain'))
+    assert all(info.channels for info in list_nodes(model, 'stages.[01].*'))
 
 
 @pytest.mark.parametrize(

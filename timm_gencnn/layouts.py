@@ -282,9 +282,13 @@ def _depends(tensor: Tensor, param: Tensor) -> bool:
 
 
 def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
-    """How much of a slice's gradient with respect to `param` falls on a single entry: 1 for a channel's own slice."""
+    """How much of a slice's gradient with respect to `param` falls on a single entry: 1 for a channel's own slice.
+
+    Two channels have different entries of their own. A share that stays on one entry is that of a parameter of which
+    nothing else is alive, and says nothing (None).
+    """
     size = tensor.shape[axis]
-    # The first slice that is alive: the latest branch of a concatenation is mostly its end.
+    # The slices likely to be alive: the latest branch of a concatenation is mostly its end.
     places = [
         size - 1,
         0,
@@ -295,14 +299,21 @@ def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
         size - 17,
         *(size * k // 12 for k in range(11, 0, -1)),
     ]
+    first: tuple[float, int] | None = None
     for index in dict.fromkeys(place for place in places if place >= 0):
         slope = grad(_weighted(tensor.select(axis, index)), param)
         if slope is None:
             return None
         rows = slope.flatten(1).abs().sum(1) if slope.ndim > 1 else slope.abs()
         total = float(rows.sum())
-        if total > 0 and total < float('inf'):
-            return float(rows.max()) / total
+        if not 0 < total < float('inf'):
+            continue
+        share, entry = float(rows.max()) / total, int(rows.argmax())
+        if share < 0.5:
+            return share
+        if first is not None and first[1] != entry:
+            return min(first[0], share)
+        first = first or (share, entry)
     return None
 
 
