@@ -251,6 +251,25 @@ def save_weights(path: Path, num_classes: int) -> None:
     torch.save(timm.create_model('test_resnet', num_classes=num_classes).state_dict(), path)
 
 
+def train_run(folder: Path) -> None:
+    """Write what a training run leaves, and its best weights as expected.safetensors beside it."""
+    import torch
+    import yaml
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    model = make_model(3)
+    save_file(model.state_dict(), folder.parent / 'expected.safetensors', metadata={'format': 'pt'})
+    torch.save({'state_dict': model.state_dict(), 'epoch': 1}, folder / 'model_best.pth.tar')
+    args = {
+        **{'model': 'test_resnet', 'num_classes': 3, 'in_chans': 1, 'mean': [0.25], 'std': None, 'epochs': 3},
+        **{'dataset': f'hfds/{folder}/data', 'val_split': 'test', 'output': str(folder), 'resume': ''},
+    }
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    rows = ['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', '0,1,1,90,100,0.1', '1,1,1,98.5,100,0.1']
+    (folder / 'summary.csv').write_text('\n'.join([*rows, '2,1,1,98.0,100,0.1', '']))
+
+
 def command(*arguments: str) -> int:
     """Run `gencnn` with the given arguments."""
     from timm_gencnn.cli import main

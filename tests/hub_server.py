@@ -71,10 +71,10 @@ class Repo:
 class Fault:
     """What happens to the next requests that match.
 
-    `kind` is one of: 'status' (answer with `status`), 'slow' (wait `seconds` first), 'cut request' (close the
-    connection in the middle of the request's body), 'cut response' (close it in the middle of the answer's body),
-    'lose answer' (do the work, close before answering), 'truncate' (serve half of the file as if it were all),
-    'corrupt' (serve wrong bytes of the right length), 'etag' (a wrong ETag).
+    `kind` is one of: 'status' (answer with `status`), 'page' (the same, as a web page), 'slow' (wait `seconds` first),
+    'cut request' (close the connection in the middle of the request's body), 'cut response' (close it in the middle of
+    the answer's body), 'lose answer' (do the work, close before answering), 'truncate' (serve half of the file as if it
+    were all), 'corrupt' (serve wrong bytes of the right length), 'etag' (a wrong ETag).
     """
 
     method: str
@@ -188,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(int(self.headers.get('Content-Length', 0)) // 2, 65536))
             return self.cut()
         self.body = self.read_body()
+        if self.fault and kind == 'page':
+            return self.send(self.fault.status, b'<html>Down for maintenance</html>', {'Content-Type': 'text/html'})
         try:
             if self.fault and kind == 'slow':
                 time.sleep(self.fault.seconds)

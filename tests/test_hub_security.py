@@ -237,7 +237,12 @@ def tree(folder: Path) -> set[Path]:
 
 
 def check_refused(
-    hub: LoopbackHub, client: Client, cases: dict[str, dict[str, bytes]], outside: Path, through: str
+    hub: LoopbackHub,
+    client: Client,
+    cases: dict[str, dict[str, bytes]],
+    outside: Path,
+    through: str,
+    clearly: bool,
 ) -> None:
     before = tree(outside)
     for number, files in enumerate(cases.values()):
@@ -246,7 +251,7 @@ def check_refused(
     outcomes, grown = client(hub_client.pull_all, names, through).value
     accepted = [case for case, (kind, _) in zip(cases, outcomes, strict=True) if not kind]
     assert accepted == []
-    if through == 'from_pretrained':
+    if clearly:
         for case, name, (kind, error) in zip(cases, names, outcomes, strict=True):
             assert kind == 'ValueError', (case, kind, error)
             assert name in error, (case, error)
@@ -263,7 +268,7 @@ def test_malformed_configs(hub: LoopbackHub, client: Client, valid: bytes, tmp_p
         # timm reads config.json by itself, and puts its own values in some entries: is the defect still there?
         sound, *read = client(hub_client.timm_reads, [json.dumps(valid_config()).encode(), *cases.values()]).value
         files = dict([item for item, seen in zip(files.items(), read, strict=True) if seen != sound][::4])
-    check_refused(hub, client, files, tmp_path.parent, through)
+    check_refused(hub, client, files, tmp_path.parent, through, clearly=through == 'from_pretrained')
 
 
 @pytest.mark.parametrize('through', ['from_pretrained', 'timm'])
@@ -272,7 +277,8 @@ def test_malformed_weights(hub: LoopbackHub, client: Client, valid: bytes, tmp_p
     cases = {f'{i}: {case}': content for i, (case, content) in enumerate(malformed_weights(valid))}
     assert len(cases) > 70
     files = {case: {'config.json': config, 'model.safetensors': content} for case, content in cases.items()}
-    check_refused(hub, client, dict(list(files.items())[:: 4 if through == 'timm' else 1]), tmp_path.parent, through)
+    some = dict(list(files.items())[:: 4 if through == 'timm' else 1])
+    check_refused(hub, client, some, tmp_path.parent, through, clearly=True)
 
 
 class Bomb:
@@ -301,6 +307,26 @@ def test_nothing_is_unpickled(
     assert not (tmp_path / 'exploded').exists()
     downloaded = [path for _, path, _ in hub.requests if path.endswith(('.bin', '.pth'))]
     assert not downloaded
+
+
+def test_weights_are_those_that_were_checked(
+    hub: LoopbackHub, client: Client, valid: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The repository changes, from good weights to a pickle, as soon as the good weights were downloaded."""
+    serve(hub, 'mallory/race', {'config.json': json.dumps(valid_config()).encode(), 'model.safetensors': valid})
+    repo, take_fault = hub.repo('mallory/race'), hub.take_fault
+    worse = {'config.json': repo.files()['config.json'], 'pytorch_model.bin': pickle.dumps({'x': 1})}
+
+    def then_change(method: str, path: str) -> Any:
+        if method == 'GET' and path.startswith('/objects/'):
+            serve(hub, 'mallory/race', worse)
+            hub.repo('mallory/race').commits.update(repo.commits)
+        return take_fault(method, path)
+
+    monkeypatch.setattr(hub, 'take_fault', then_change)
+    outcome = client(hub_client.pull, 'mallory/race', 'timm', cache_dir=tmp_path)
+    assert outcome.value['logits'] == client(hub_client.expected).value['logits'], outcome.everything
+    assert not [path for _, path, _ in hub.requests if path.endswith('.bin')]
 
 
 def test_file_names_stay_in_the_folder(hub: LoopbackHub, client: Client, valid: bytes, tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def render_card(
         repo_id: 'USER/REPO' on the Hub.
         config: The checkpoint's config.json.
         parameters: Number of parameters.
-        results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one) and `split`. Errors
-            are in percent; metrics of the training set, 'train_...', are not shown.
-        recipe: How the checkpoint was made. The card shows `command`.
+        results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one), `split` and `note`.
+            Errors are in percent; metrics of the training set, 'train_...', are not shown.
+        recipe: How the checkpoint was made. The card shows `command`, or else `settings`.
         gallery: The runs that made the pictures.
         pictures: (caption, path in the repository) of each.
         gallery_dataset: Data set repository that holds the whole gallery.
@@ -105,8 +105,10 @@ def render_card(
         has_log_z='log_z' in config.get('model_args', {}),
         dataset=dataset or 'the test set',
         split=split,
+        note=results.get('note'),
         metrics={_metric_name(metric): f'{value:.6g}' for metric, value in metrics.items()},
         command=recipe.get('command'),
+        settings=recipe.get('settings'),
         runs=[describe_run(samples) for samples in gallery],
         gallery_regime='gallery' in regimes,
         exact_regime='exact' in regimes,

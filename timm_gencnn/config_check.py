@@ -348,8 +348,8 @@ def check_download(
         cache_dir: Where timm will look for downloads.
 
     Returns:
-        A configuration with which timm reads model.safetensors and nothing else: by itself it would fall back to a
-        pickle where a repository has no safetensors file.
+        A configuration by which timm reads the weights that were checked and nothing else. By itself it would take a
+        pickle from a repository that has no safetensors file, or whatever was committed since.
 
     Raises:
         ValueError: If anything is not as `push_to_hub` would have written it.
@@ -358,8 +358,6 @@ def check_download(
     on_hub = config.pop('source') == 'hf-hub'
     location = str(config.pop('hf_hub_id' if on_hub else 'file'))
     source = re.sub(r'.*models--(.+)--(.+)[/\\]snapshots[/\\].*', r'\1/\2', location)  # a folder of the Hub's cache
-    if config.get('hf_hub_filename') == WEIGHTS:
-        del config['hf_hub_filename']
     check_model_config(config, model_args, source)
     plain_args = {key: value for key, value in model_args.items() if key != 'log_z'}
     shapes = check_build(architecture, config, plain_args, source)
@@ -367,15 +365,16 @@ def check_download(
         if pretrained and (Path(location) / WEIGHTS).exists():
             check_weights(Path(location) / WEIGHTS, shapes, source)
         return pretrained_cfg
-    if pretrained:
-        repo_id, _, revision = location.partition('@')
-        try:
-            path = hf_hub_download(repo_id, WEIGHTS, revision=revision or None, cache_dir=cache_dir)
-        except RemoteEntryNotFoundError as error:
-            raise ValueError(f'{location} has no {WEIGHTS}: other formats may run code and are not loaded') from error
-        check_hash(Path(path), location)
-        check_weights(path, shapes, source)
-    return {**pretrained_cfg, 'hf_hub_filename': WEIGHTS}
+    if not pretrained:
+        return pretrained_cfg
+    repo_id, _, revision = location.partition('@')
+    try:
+        path = Path(hf_hub_download(repo_id, WEIGHTS, revision=revision or None, cache_dir=cache_dir))
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(f'{location} has no {WEIGHTS}: other formats may run code and are not loaded') from error
+    check_hash(path, location)
+    check_weights(path, shapes, source)
+    return {**pretrained_cfg, 'hf_hub_id': f'{repo_id}@{path.parent.name}'}  # the folder of a commit bears its name
 
 
 def read_config(path: str | Path, source: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 from huggingface_hub import (
@@ -38,9 +38,8 @@ from . import zoo
 from .card import is_untouched, render_card
 from .config_check import WEIGHTS, check_hash, read_config
 from .registry import PREFIX
-
-if TYPE_CHECKING:
-    from .samples import Samples
+from .runs import is_run, load_run
+from .samples import Samples
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def push_to_hub(
     model: nn.Module,
     repo_id: str,
     *,
-    gallery: Sequence[Samples] = (),
+    gallery: Samples | Sequence[Samples] = (),
     gallery_dataset: str | None = None,
     results: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
@@ -107,8 +106,9 @@ def push_to_hub(
         _check_repo_id(gallery_dataset)
         if not gallery:
             raise ValueError(f'there is no gallery to put in the data set {gallery_dataset}: pass gallery=[...]')
+    runs = [gallery] if isinstance(gallery, Samples) else list(gallery)
     facts: dict[str, Any] = {
-        **{'gallery': gallery, 'gallery_dataset': gallery_dataset},
+        **{'gallery': runs, 'gallery_dataset': gallery_dataset},
         **{'results': results, 'recipe': recipe, 'data_config': data_config, 'license': license, 'token': token},
     }
     if dry_run is not None:
@@ -122,15 +122,14 @@ def push_to_hub(
         folder = Path(temporary)
         write_folder(model, folder, repo_id, **facts)
         if gallery_dataset is not None:
-            _push_gallery(gallery, gallery_dataset, repo_id, private, token)
+            _push_gallery(runs, gallery_dataset, repo_id, private, token)
         api = HfApi(token=token, library_name='timm_gencnn')
         with _explained(repo_id, 'nothing was published'):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             head = api.model_info(repo_id, revision=revision)
-            if private and not head.private:
-                raise ValueError(f'{repo_id} exists and is public: make it private in its settings, then push again')
+            _check_privacy(private, head.private, repo_id)
             published = {file.rfilename for file in head.siblings or []}
             keep_card = 'README.md' in published and not overwrite_card and _is_edited(api, repo_id, head.sha)
             if keep_card:
@@ -287,6 +286,12 @@ def _check_repo_id(repo_id: str) -> None:
         raise ValueError(f"the repository {repo_id!r} has no namespace: write 'USER/{repo_id}'")
 
 
+def _check_privacy(wanted: bool | None, private: bool | None, repo_id: str) -> None:
+    """Raise if something private is about to go to a repository that was public before."""
+    if wanted and not private:
+        raise ValueError(f'{repo_id} exists and is public: make it private in its settings, then push again')
+
+
 def _architecture(model: nn.Module) -> str:
     name = str(getattr(model, 'pretrained_cfg', {}).get('architecture'))
     architecture = PREFIX + name.removeprefix(PREFIX)
@@ -334,7 +339,10 @@ def _push_gallery(
     from datasets import concatenate_datasets
 
     dataset = concatenate_datasets([_as_published(samples, repo_id).to_dataset() for samples in gallery])
+    api = HfApi(token=token, library_name='timm_gencnn')
     with _explained(dataset_id, 'the gallery and the checkpoint were not published'):
+        api.create_repo(dataset_id, repo_type='dataset', private=private, exist_ok=True)
+        _check_privacy(private, api.dataset_info(dataset_id).private, dataset_id)
         dataset.push_to_hub(dataset_id, private=private, token=token, commit_message='Publish a gallery')
 
 
@@ -359,7 +367,7 @@ def _explained(repo_id: str, outcome: str) -> Iterator[None]:
     """Turn whatever the Hub's client raises into an OSError that names the repository and what to do."""
     try:
         yield
-    except (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled, OSError, RuntimeError) as error:
+    except (hub_errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
         raise OSError(f'{repo_id}: {_remedy(error)} ({outcome})') from error
 
 
@@ -377,6 +385,8 @@ def _remedy(error: BaseException) -> str:
         return 'it is not in the cache, and the Hub may not be asked: unset HF_HUB_OFFLINE, or download it first'
     if isinstance(error, hub_errors.HTTPError):
         return f'the connection to the Hub failed: check it and repeat [{type(error).__name__}: {error}]'
+    if isinstance(error, json.JSONDecodeError):  # a page of the Hub's, or of a proxy's, where an answer was expected
+        return f'the Hub has a problem: repeat later [no JSON: {error}]'
     return f'{error}: repeat'
 
 
@@ -396,7 +406,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--steps', type=int, default=512, help='image gradients per picture (default: %(default)s)')
     add('--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)')
     add('--gallery-dataset', metavar='USER/NAME', help='also publish all pictures as a data set')
-    add('--results', metavar='FILE', help="JSON with 'results' and 'recipe', for the card (default: the zoo's own)")
+    add(
+        '--results',
+        metavar='FILE',
+        help="JSON with 'results' and 'recipe', for the card (default: the run's or the zoo's own)",
+    )
+    add('--dataset', metavar='ID', help="Hub id of the data set the results are of, such as 'ylecun/mnist'")
     add('--license', help="licence of the weights, such as 'apache-2.0'")
     add('--private', action='store_true', default=None, help='make a new repository private')
     add('--revision', help='branch to commit to (default: main)')
@@ -408,18 +423,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Publish as the arguments say. See `add_arguments`."""
-    model = timm.create_model(
-        args.model,
-        pretrained=not args.checkpoint,
-        checkpoint_path=args.checkpoint or '',
-        **({} if args.num_classes is None else {'num_classes': args.num_classes}),
-    ).eval()
     measured: dict[str, Any] = {}
     shipped = args.model.removeprefix(PREFIX)
+    if is_run(args.model):
+        model, measured = load_run(args.model)
+    else:
+        model = timm.create_model(
+            args.model,
+            pretrained=not args.checkpoint,
+            checkpoint_path=args.checkpoint or '',
+            **({} if args.num_classes is None else {'num_classes': args.num_classes}),
+        ).eval()
+        if shipped in zoo.names(zoo.FOLDER) and not args.checkpoint:
+            measured = zoo.read(shipped, zoo.FOLDER)
     if args.results:
-        measured = json.loads(Path(args.results).read_text(encoding='utf-8'))
-    elif shipped in zoo.names(zoo.FOLDER) and not args.checkpoint:
-        measured = zoo.read(shipped, zoo.FOLDER)
+        measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))
+    results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})
     gallery = []
     if args.nodes:
         from .visualize import visualize
@@ -431,8 +450,9 @@ def main(args: argparse.Namespace) -> None:
         args.repo_id,
         gallery=gallery,
         gallery_dataset=args.gallery_dataset,
-        results=measured.get('results'),
+        results=results,
         recipe=measured.get('recipe'),
+        data_config=measured.get('data_config'),
         license=args.license,
         private=args.private,
         revision=args.revision,
