@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 COMMANDS = {
     'visualize': ('visualize', 'draw images for nodes of a network'),
@@ -36,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND')
     chosen = argv[0] if argv and argv[0] in COMMANDS else None
     module = None
+    known: list[str] = []
     for name, (room, text) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
         if name == chosen:  # only the chosen command's module is imported
             module = importlib.import_module(f'timm_gencnn.{room}')
             module.add_arguments(sub)
-    args = parser.parse_args(argv)
+            known = list(sub._option_string_actions)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = get_close_matches(unknown[0].split('=')[0], known, n=1)
+        parser.error(f'unknown argument {unknown[0]!r}' + (f', perhaps {near[0]}' if near else ''))
     if args.version:
         from . import __version__
 
