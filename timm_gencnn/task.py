@@ -48,7 +48,8 @@ class GenerativeTask(ClassificationTask):
         hybrid: Weight h in [0, 1) of the discriminative loss in the generative phase: (1 - h) GG + h DG. With h > 0 the
             discriminative part learns the biases, so no intercepts are added.
         queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
-            E_p[grad f] is missing, and their logits are as stale as the queue is long.
+            E_p[grad f] is missing, so that the scores of all images drift upwards, and their logits are as stale as the
+            queue is long. Needs a small learning rate.
         running_log_z: Weigh the images of a batch by exp(f_y - running log Z_y) / n instead of by a softmax over the
             batch, as SogCLR does. Biased by the lag of the running mean, less biased than a small batch.
         momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1].

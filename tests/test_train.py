@@ -1,0 +1,462 @@
+"""`gencnn train` from end to end on a folder of small pictures: files, resume, faults, flags."""
+
+import argparse
+import csv
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+from PIL import Image
+
+from timm_gencnn import checkpoints, cli, train
+from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
+from timm_gencnn.train_args import RECIPES, add_arguments
+
+CLASSES, SIZE = 3, 28
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory) -> Path:
+    """Three classes of pictures, each a bar at its own place in noise: 16 a class for training, 4 for validation."""
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 16), ('validation', 4)):
+        for c in range(CLASSES):
+            folder = root / split / f'class{c}'
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 60, (SIZE, SIZE), dtype=np.uint8)
+                pixels[:, 4 + 8 * c : 8 + 8 * c] += 180
+                Image.fromarray(pixels).save(folder / f'{i}.png')
+    return root
+
+
+def flags(images: Path, out: Path, *more: str) -> list[str]:
+    basics = '--model lenet --num-classes 3 -b 8 -j 0 --device cpu --epochs 4 --warmup-epochs 0 --lr 0.01 --momentum 0.5 --gen-epochs 2'
+    where = ['--data-dir', str(images), '--output', str(out), '--experiment', 'run']
+    return ['train', *basics.split(), *where, *more]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(argv[1:])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=False)['state_dict']
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+# With augmentation, a discriminative learning rate, EMA and recovery checkpoints: all that a resume must restore.
+FULL = ['--disc-lr', '0.004', '--model-ema', '--model-ema-decay', '0.9', '--sched-on-updates', '--scale', '0.5', '1.0']
+
+
+@pytest.fixture(scope='module')
+def straight(images, tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp('straight')
+    assert cli.main(flags(images, out, *FULL)) == 0
+    return out / 'run'
+
+
+def test_writes_what_timm_writes(straight):
+    names = {p.name for p in straight.iterdir()}
+    assert {'summary.csv', 'args.yaml', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-3.pth.tar'} <= names
+    rows = list(csv.DictReader((straight / 'summary.csv').open()))
+    assert [row['epoch'] for row in rows] == list('0123')
+    assert [row['train_phase'] for row in rows] == ['GG', 'GG', 'DG', 'DG']
+    assert float(rows[-1]['eval_top1']) > 60
+    assert float(rows[0]['lr']) > 0.005
+    assert float(rows[2]['lr']) < 0.005
+    assert yaml.safe_load((straight / 'args.yaml').read_text())['gen_epochs'] == 2
+    checkpoint = torch.load(straight / 'last.pth.tar', weights_only=False)
+    assert checkpoint['task_state']['switch_step'] == 12
+    assert 'state_dict_ema' in checkpoint
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+def kill_at(monkeypatch, call: int, where: str) -> None:
+    original, calls = getattr(train.Trainer, where), [0]
+
+    def dying(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.Trainer, where, dying)
+
+
+@pytest.mark.parametrize(
+    ('call', 'where'),
+    [(3, 'train_one_epoch'), (9, '_backward'), (14, '_backward'), (4, 'train_one_epoch'), (2, '_finish_epoch')],
+    ids=['at the switch', 'in the generative phase', 'after the switch', 'in the discriminative phase', 'unsaved'],
+)
+def test_a_killed_run_goes_on_bit_equal(images, straight, tmp_path, monkeypatch, call, where):
+    with monkeypatch.context() as patch:
+        kill_at(patch, call, where)
+        with pytest.raises(Killed):
+            cli.main(flags(images, tmp_path, *FULL))
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto')) == 0
+    a, b = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (straight, tmp_path / 'run'))
+    assert same(a['state_dict'], b['state_dict'])
+    assert same(a['state_dict_ema'], b['state_dict_ema'])
+    assert a['task_state']['ess_history'] == b['task_state']['ess_history']
+    assert torch.equal(a['task_state']['log_z'], b['task_state']['log_z'])
+    assert (straight / 'summary.csv').read_text() == (tmp_path / 'run/summary.csv').read_text()
+
+
+def test_a_truncated_last_checkpoint_falls_back(images, straight, tmp_path, caplog):
+    shutil.copytree(straight, tmp_path / 'run')  # copies, where the run has hard links
+    for name in ('last', 'checkpoint-3'):
+        path = tmp_path / f'run/{name}.pth.tar'
+        path.write_bytes(path.read_bytes()[:-2000])
+    assert checkpoints.find_checkpoint(tmp_path / 'run').name == 'checkpoint-2.pth.tar'
+    assert 'last.pth.tar cannot be read' in caplog.text
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto')) == 0
+    assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing(images, tmp_path):
+    assert cli.main(flags(images, tmp_path, '--epochs', '1', '--resume', 'auto')) == 0
+    assert (tmp_path / 'run/last.pth.tar').exists()
+
+
+@pytest.mark.slow
+def test_kill_minus_9(images, straight, tmp_path):
+    argv = flags(images, tmp_path, *FULL)
+    process = subprocess.Popen([sys.executable, '-m', 'timm_gencnn.cli', *argv])
+    while not (tmp_path / 'run/checkpoint-1.pth.tar').exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert cli.main([*argv, '--resume', 'auto']) == 0
+    assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
+
+
+# Faults
+
+
+def failure(capsys, argv: list[str]) -> str:
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('gencnn train: error:')
+    return error
+
+
+@pytest.mark.parametrize('phase', ['GG', 'DG'])
+def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(images, tmp_path, capsys, monkeypatch, phase):
+    original, calls = train.Trainer._backward, [0]
+
+    def explode(self, loss, update):
+        original(self, loss, update)
+        calls[0] += 1
+        if calls[0] == 8:  # the second update of the second epoch
+            for p in self.task.parameters():
+                p.data.fill_(math.nan)
+
+    monkeypatch.setattr(train.Trainer, '_backward', explode)
+    error = failure(capsys, flags(images, tmp_path, '--phase', phase))
+    assert 'epoch 1, batch 2, step' in error
+    assert 'finite' in error or 'NaN' in error
+    assert 'last.pth.tar' in error or 'checkpoint-0.pth.tar' in error
+    assert checkpoints.find_checkpoint(tmp_path / 'run') is not None
+
+
+def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch):
+    save, calls = torch.save, [0]
+
+    def full(state, path):
+        calls[0] += 1
+        if calls[0] == 2:
+            Path(path).write_bytes(b'half')
+            raise RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed')
+        save(state, path)
+
+    monkeypatch.setattr(torch, 'save', full)
+    error = failure(capsys, flags(images, tmp_path))
+    assert 'cannot write the checkpoint of epoch 1' in error
+    assert 'last.pth.tar still holds the epoch before' in error
+    assert not (tmp_path / 'run/tmp.pth.tar').exists()
+    assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['epoch'] == 0
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['-b', '1'], 'batch size 1 has no image pool'),
+        (['--num-classes', '2'], 'has 3 classes, the model 2: set --num-classes 3'),
+        (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere'"),
+        (['--dataset', 'hfds//nowhere'], "cannot open data set 'hfds//nowhere'"),
+        (['-b', '64'], '48 training images do not fill one batch of 64'),
+        (['--model', 'lennet'], "cannot create model 'lennet'"),
+        (['--resume', 'gone.pth.tar'], "no checkpoint 'gone.pth.tar'"),
+        (['--cache-images'], 'add --no-aug'),
+        (['--amp'], 'add --amp-dtype bfloat16'),
+        (['--sched', 'inv', '--decay-epochs', '0'], 'decay-epochs 0'),
+        (['--hybrid', '1.5'], 'hybrid 1.5 is outside [0, 1)'),
+    ],
+)
+def test_bad_flags_are_one_line(images, tmp_path, capsys, more, message):
+    assert message in failure(capsys, flags(images, tmp_path, *more))
+
+
+def test_gg_dg_must_know_when_to_switch(capsys):
+    assert 'give --gen-epochs or --switch-ess' in failure(capsys, ['train', '--model', 'lenet'])
+    assert '--resume auto needs --experiment' in failure(capsys, ['train', '--phase', 'DG', '--resume', 'auto'])
+
+
+def test_a_label_out_of_range_is_named(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.train_data, 'check_classes', lambda *_: None)
+    for phase in ('GG', 'DG'):
+        error = failure(capsys, flags(images, tmp_path, '--num-classes', '2', '--phase', phase))
+        assert 'epoch 0, batch 0' in error
+        assert 'label 2 is outside [0, 2)' in error
+
+
+def test_a_class_without_images_and_batches_of_one_class_train(images, tmp_path):
+    """Sorted folders of one class a batch, and a fourth class that nobody belongs to."""
+    argv = flags(images, tmp_path, '--num-classes', '4', '--epochs', '1', '--phase', 'GG', '-b', '2', '--lr', '1e-3')
+    assert cli.main(argv) == 0
+    row = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]
+    assert math.isfinite(float(row['eval_loss']))
+
+
+# Features
+
+
+@pytest.mark.parametrize(
+    'more',
+    [
+        ['--mixup', '0.5', '--cutmix', '0.5'],
+        ['--mixup', '0.5', '--no-prefetcher', '--phase', 'GG'],
+        ['--grad-accum-steps', '4', '--clip-grad', '1.0', '--opt', 'adamw', '--layer-decay', '0.9'],
+        ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--reprob', '0.5'],
+        ['--phase', 'GG', '--pool-queue', '30', '--hybrid', '0.2', '--lr', '1e-3'],
+        ['--phase', 'GG', '--pool-running-log-z', '--sched', 'inv', '--decay-epochs', '1', '--decay-rate', '0.5'],
+        ['--switch-ess', '7.9', '--bce-loss', '--clip-mode', 'agc', '--clip-grad', '0.1'],
+        ['--val-split', '', '--phase', 'DG', '--recovery-interval', '2', '--model-kwargs', 'drop_rate=0.1'],
+        ['--torchcompile', 'eager', '--phase', 'GG'],
+    ],
+    ids=lambda more: ' '.join(more[:2]),
+)
+def test_flags_work_together(images, tmp_path, more):
+    argv = flags(images, tmp_path, '--epochs', '2', *more)
+    assert cli.main(argv) == 0
+    row = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]
+    assert math.isfinite(float(row['train_loss']))
+    assert all(v.isfinite().all() for v in weights(tmp_path / 'run/last.pth.tar').values())
+
+
+def test_accumulated_gradients_are_the_mean_of_the_micro_batches(images, tmp_path):
+    seen = {}
+    for steps in (1, 3):
+        args = parse(flags(images, tmp_path, '--phase', 'DG', '-b', str(24 // steps), '--no-aug', '--smoothing', '0'))
+        args.grad_accum_steps = steps
+        trainer = train.Trainer(prepared(args), torch.device('cpu'))
+        updates = []
+        trainer.optimizer.step = lambda t=trainer, u=updates: u.append([p.grad.clone() for p in t.task.parameters()])
+        torch.manual_seed(0)
+        trainer.train_one_epoch(0)
+        seen[steps] = updates
+    assert len(seen[1]) == len(seen[3]) == 2
+    for a, b in zip(seen[1][0], seen[3][0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def prepared(args: argparse.Namespace) -> argparse.Namespace:
+    train.utils.init_distributed_device(args)
+    return args
+
+
+def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
+    unlabeled = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation', '--unlabeled-batch-size', '5']
+    losses = []
+    for more in ([], unlabeled):
+        assert cli.main(flags(images, tmp_path, '--epochs', '1', *more)) == 0
+        losses.append(list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]['train_loss'])
+    assert losses[0] != losses[1]
+
+
+def test_cached_images_give_the_same_run(images, tmp_path):
+    states = []
+    for more in ([], ['--cache-images']):
+        assert cli.main(flags(images, tmp_path, '--no-aug', *more)) == 0
+        states.append(weights(tmp_path / 'run/last.pth.tar'))
+    assert same(*states)
+
+
+def run_rank(rank: int, argv: list[str], port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
+    )
+    sys.exit(cli.main(argv))
+
+
+def test_two_ranks(images, tmp_path, unused_port):
+    argv = flags(images, tmp_path, '-b', '4', '--sync-bn', *FULL)
+    mp.start_processes(run_rank, args=(argv, unused_port), nprocs=2, start_method='fork', join=True)
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert [row['train_phase'] for row in rows] == ['GG', 'GG', 'DG', 'DG']  # written once, by the first rank
+    assert float(rows[-1]['eval_loss']) < 1.0 < float(rows[0]['eval_loss']) + 0.1  # log 3 = 1.1 is chance
+    state = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)
+    assert 'conv1.weight' in state['state_dict']
+    assert state['task_state']['class_counts'].sum() == 8  # the batch of both ranks at the first record
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+# Configuration
+
+
+def test_flags_win_over_the_configuration_in_any_order(tmp_path):
+    path = tmp_path / 'config.yaml'
+    path.write_text('epochs: 7\nlr: 0.5\nno-aug: true\n')
+    for argv in (['-c', str(path), '--lr', '0.25'], ['--lr', '0.25', '-c', str(path)]):
+        args = parse(['train', *argv])
+        assert (args.epochs, args.lr, args.no_aug) == (7, 0.25, True)
+
+
+def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):
+    path = tmp_path / 'config.yaml'
+    path.write_text('batchsize: 7\n')
+    with pytest.raises(SystemExit):
+        parse(['train', '-c', str(path)])
+    assert "unknown setting 'batchsize', perhaps 'batch_size'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(['train', '-c', 'lenet'])
+    assert 'lenet_mnist' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('recipe', sorted(p.stem for p in RECIPES.glob('*.yaml')))
+def test_recipes_are_valid(recipe):
+    args = parse(['train', '-c', recipe])
+    train.check_arguments(args)
+    types = parse(['train'])
+    for key, value in yaml.safe_load((RECIPES / f'{recipe}.yaml').read_text()).items():
+        assert getattr(args, key) == value
+        default = getattr(types, key)
+        assert default is None or isinstance(value, (int, float) if type(default) in (int, float) else type(default))
+
+
+def test_an_unknown_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(['train', '--warmup-epoch5', '3'])
+    assert exit_.value.code == 2
+    assert '--warmup-epochs' in capsys.readouterr().err
+
+
+# Schedules
+
+
+def test_inv_schedule_is_caffes():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    schedule = InvLRScheduler(optimizer, decay_t=1e4, power=0.75, t_in_epochs=False)
+    for update in (1, 5000, 10000):
+        schedule.step_update(update)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(0.01 * (1 + 1e-4 * update) ** -0.75)
+
+
+def test_schedule_restarts_at_the_discriminative_rate():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    args = parse(['train', '--lr', '0.1', '--epochs', '10', '--warmup-epochs', '2', '--disc-lr', '0.04'])
+    schedule = PhaseSchedule(optimizer, args, updates_per_epoch=5)
+    schedule.step(5)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(0.05)  # cosine, half way
+    schedule.restart(6, 30)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(0.04)  # no warm-up
+    schedule.step(8)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(0.02)  # half way through the other 4 epochs
+
+
+# timm's own script
+
+
+SCRIPT = """
+import argparse
+import torch
+from timm.data import create_dataset, create_loader
+from timm.models import create_model
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--data-dir')
+parser.add_argument('--epochs', type=int)
+args = parser.parse_args()
+torch.manual_seed(0)
+model = create_model('lenet', num_classes=3)
+task = ClassificationTask(model=model, criterion=torch.nn.CrossEntropyLoss(), device=torch.device('cpu'), verbose=False)
+dataset = create_dataset('', root=args.data_dir, split='train', input_img_mode='L')
+loader = create_loader(dataset, (1, 28, 28), 8, is_training=True, num_workers=0, mean=(0.5,), std=(0.5,),
+                       device=torch.device('cpu'))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+scheduler, epochs = create_scheduler_v2(optimizer, sched='step', num_epochs=args.epochs, decay_epochs=100)
+for epoch in range(epochs):
+    for x, y in loader:
+        task(x, y)['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scheduler.step(epoch + 1)
+    print(epoch, task.generative, isinstance(task, ClassificationTask), optimizer.param_groups[0]['lr'])
+"""
+
+
+def test_script_runs_with_the_generative_task(images, tmp_path, capsys):
+    path = tmp_path / 'train.py'
+    path.write_text(SCRIPT)
+    argv = ['train', '--script', str(path), '--data-dir', str(images), '--gen-epochs', '1', '--epochs', '3']
+    assert cli.main([*argv, '--disc-lr', '0.02']) == 0
+    lines = capsys.readouterr().out.split('\n')
+    assert lines[0] == '0 True True 0.1'
+    assert lines[1].startswith('1 False True 0.02')
+    assert lines[2].startswith('2 False True 0.02')
+    import timm.task
+
+    assert timm.task.ClassificationTask.__module__.startswith('timm.task')  # put back
+
+
+@pytest.mark.parametrize(
+    ('text', 'more', 'message'),
+    [
+        ('print(1)', [], 'does not use ClassificationTask, create_loader, create_scheduler_v2'),
+        (SCRIPT, ['--kd-model-name', 'resnet18'], '--kd-model-name trains with a task of its own'),
+        (SCRIPT, [], 'give --gen-epochs or --switch-ess'),
+        (None, [], 'is not a file'),
+    ],
+)
+def test_script_refuses(tmp_path, capsys, text, more, message):
+    path = tmp_path / 'train.py'
+    if text is not None:
+        path.write_text(text)
+    assert message in failure(capsys, ['train', '--script', str(path), *more])

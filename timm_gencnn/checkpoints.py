@@ -1,0 +1,68 @@
+"""Checkpoints of `gencnn train` on disk: find the newest whole one, and save without losing the last."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from timm.utils import CheckpointSaver
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+_logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run that can be read, or None if there is none.
+
+    Recovery checkpoints come before those of the epochs before theirs, since they hold more of the run. A file that
+    was cut short is passed over with a warning.
+    """
+    newest, path_of_newest = (-1, False), None
+    for path in sorted(folder.glob('*.pth.tar')):
+        if path.name.startswith('tmp') or path.name.startswith('recovery_tmp'):
+            continue
+        try:
+            epoch = load_checkpoint_metadata(str(path))['epoch']
+        except Exception as error:  # whatever unpickling a damaged file raises
+            _logger.warning(f'{path} cannot be read ({type(error).__name__}), looking for an earlier one')
+            continue
+        age = (epoch, not path.name.startswith('recovery'))
+        if age > newest:
+            newest, path_of_newest = age, path
+    return path_of_newest
+
+
+def save(saver: CheckpointSaver, epoch: int, metric: float | None) -> None:
+    """Save a checkpoint; on failure the last one is still there.
+
+    Raises:
+        OSError: It could not be written, for example because the disk is full.
+    """
+    try:
+        saver.save_checkpoint(epoch, metric)
+    except (OSError, RuntimeError) as error:
+        Path(saver.checkpoint_dir, f'tmp{saver.extension}').unlink(missing_ok=True)
+        last = Path(saver.checkpoint_dir, f'last{saver.extension}')
+        kept = f'{last} still holds the epoch before; ' if last.exists() else ''
+        raise OSError(
+            f'cannot write the checkpoint of epoch {epoch} ({error}): {kept}make room and go on with --resume auto'
+        ) from error
+
+
+def resume_path(resume: str, folder: Path) -> str | None:
+    """Return the checkpoint that --resume means, or None to start afresh.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    if resume == 'auto':
+        found = find_checkpoint(folder)
+        return None if found is None else str(found)
+    if resume and not Path(resume).is_file():
+        raise ValueError(f"no checkpoint {resume!r} to resume from; 'auto' takes the newest of the run")
+    return resume or None
+
+
+def describe(saver: Any) -> str:
+    """Where the last good checkpoint lies, for error messages."""
+    last = None if saver is None else find_checkpoint(Path(saver.checkpoint_dir))
+    return 'no checkpoint was written yet' if last is None else f'the last good checkpoint is {last}'

@@ -1,0 +1,393 @@
+"""`gencnn train`: timm's training loop with a generative phase in front.
+
+Everything that timm exports is timm's: data sets, loaders, optimizer, schedules, task, evaluator, checkpoints. Random
+numbers are seeded anew at every epoch, so that a resumed run sees the data that the uninterrupted one would have seen.
+"""
+
+import argparse
+import logging
+import math
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm import utils
+from timm.data import FastCollateMixup, resolve_data_config
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.models import create_model, model_parameters, safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import checkpoints, script, train_data
+from .schedule import PhaseSchedule
+from .task import GenerativeTask
+from .train_args import add_arguments, check_arguments
+
+__all__ = ['add_arguments', 'main']
+
+_logger = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train as the flags of `add_arguments` say.
+
+    Raises:
+        ValueError: Flags that contradict each other, missing data, labels out of range, a loss that is not finite.
+        OSError: A checkpoint cannot be written.
+    """
+    if args.script:
+        return script.run(args.script)
+    if not logging.root.handlers:
+        utils.setup_default_logging(logging.WARNING)
+    check_arguments(args)
+    device = utils.init_distributed_device(args)
+    try:
+        Trainer(args, device).run()
+    finally:
+        if args.distributed:
+            torch.distributed.destroy_process_group()
+
+
+class Trainer:
+    """One training run: what the flags describe, built once, and its loops.
+
+    Args:
+        args: The flags, with distributed, rank and world_size from timm's init_distributed_device.
+        device: Where to train.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args = args
+        self.device = device
+        self.primary = utils.is_primary(args)
+        utils.random_seed(args.seed, args.rank)
+        if args.fast_norm:
+            set_fast_norm()
+        model = self._create_model()
+        config = resolve_data_config(vars(args), model=model)
+        model.to(device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if args.distributed and args.sync_bn:
+            args.dist_bn = ''
+            model = convert_sync_batchnorm(model)
+        self._set_learning_rate()
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        self.autocast: Any = nullcontext()
+        self.scaler: utils.NativeScaler | None = None
+        if args.amp:
+            self.autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype))
+            self.scaler = utils.NativeScaler(device.type) if args.amp_dtype == 'float16' else None
+
+        self.mixup = train_data.create_mixup(args, args.num_classes)
+        self.loader = train_data.train_loader(args, config, device, self.mixup)
+        self.unlabeled = train_data.unlabeled_loader(args, config, device)
+        self.eval_loader = train_data.eval_loader(args, config, device)
+        self.updates_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
+        self.task = self._create_task(model)
+
+        name = '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model)])
+        self.output = Path(args.output or './output/train', args.experiment or name)
+        path = checkpoints.resume_path(args.resume, self.output)
+        self.epoch = self._restore(path) if path else 0
+        if args.start_epoch is not None:
+            self.epoch = args.start_epoch
+        if args.distributed:
+            ids = [device] if device.type == 'cuda' else None
+            self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not args.no_ddp_bb)
+        self.schedule = self._create_schedule()
+        self.task.on_switch = self._switched
+        self.saver = self._create_saver(path) if self.primary else None
+        self.writers: list[Any] = []
+
+    # Construction
+
+    def _create_model(self) -> nn.Module:
+        args = self.args
+        in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+        optional = {'in_chans': in_chans, 'img_size': args.img_size, 'num_classes': args.num_classes}
+        optional |= {'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block, 'global_pool': args.gp}
+        optional |= {'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'drop_rate': args.drop or None}
+        if args.pretrained_path:
+            optional['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
+        try:
+            model: Any = create_model(
+                args.model,
+                pretrained=args.pretrained or bool(args.pretrained_path),
+                checkpoint_path=args.initial_checkpoint or None,
+                **{k: v for k, v in optional.items() if v is not None},
+                **args.model_kwargs,
+            )
+        except (RuntimeError, TypeError, FileNotFoundError) as error:
+            raise ValueError(f'cannot create model {args.model!r}: {error}') from error
+        args.num_classes = args.num_classes or model.num_classes
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+        with torch.no_grad():
+            if args.head_init_scale is not None:
+                model.get_classifier().weight.mul_(args.head_init_scale)
+                model.get_classifier().bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+        return model
+
+    def _set_learning_rate(self) -> None:
+        """timm's rule: lr, or lr_base scaled by the global batch size."""
+        args = self.args
+        if not args.lr:
+            ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+            adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+            scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+            args.lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+    def _create_task(self, model: nn.Module) -> GenerativeTask:
+        args = self.args
+        loss: dict[str, Any] = {'smoothing': args.smoothing}
+        if args.bce_loss:
+            loss |= {'loss_type': 'bce', 'bce_sum': args.bce_sum, 'bce_target_thresh': args.bce_target_thresh}
+            loss |= {'pos_weight': args.bce_pos_weight}
+        if self.mixup is not None:
+            loss |= {'soft_targets': True, 'smoothing': 0.0}  # mixup smooths the targets itself
+        task = GenerativeTask(
+            model,
+            criterion_kwargs=loss,
+            device=self.device,
+            verbose=self.primary,
+            phase=args.phase,
+            gen_steps=None if args.gen_epochs is None else round(args.gen_epochs * len(self.loader)),
+            switch_ess=args.switch_ess,
+            hybrid=args.hybrid,
+            queue=args.pool_queue,
+            running_log_z=args.pool_running_log_z,
+        )
+        if args.model_ema:
+            ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+            task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
+        if args.torchcompile:
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        return task
+
+    def _restore(self, path: str) -> int:
+        args = self.args
+        try:
+            epoch = resume_task_checkpoint(
+                self.task,
+                path,
+                None if args.no_resume_opt else self.optimizer,
+                None if args.no_resume_opt else self.scaler,
+                log_info=self.primary,
+            )
+            if args.model_ema:
+                load_task_ema_checkpoint(self.task, path)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f'cannot resume from {path!r}: {error}') from error
+        return epoch or 0
+
+    def _create_schedule(self) -> PhaseSchedule:
+        schedule = PhaseSchedule(self.optimizer, self.args, self.updates_per_epoch)
+        if self.task.switch_step is not None:
+            schedule.restart(*self._epoch_and_update(self.task.switch_step))
+        if self.epoch:
+            schedule.step(self.epoch)
+            schedule.step_update(self.epoch * self.updates_per_epoch)
+        return schedule
+
+    def _switched(self) -> None:
+        self.schedule.restart(*self._epoch_and_update(self.task.steps))
+
+    def _epoch_and_update(self, step: int) -> tuple[int, int]:
+        epoch, batch = divmod(step, len(self.loader))
+        return epoch, epoch * self.updates_per_epoch + batch // self.args.grad_accum_steps
+
+    def _create_saver(self, resumed: str | None) -> utils.CheckpointSaver:
+        args = self.args
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+        except OSError as error:
+            raise OSError(f'cannot write to {self.output}: {error}') from error
+        saver = utils.CheckpointSaver(
+            model=self.task.get_trainable_module(),
+            optimizer=self.optimizer,
+            args=args,
+            task=self.task,
+            amp_scaler=self.scaler,
+            checkpoint_dir=str(self.output),
+            recovery_dir=str(self.output),
+            decreasing='loss' in args.eval_metric,
+            max_history=args.checkpoint_hist,
+        )
+        if resumed and Path(resumed).parent == self.output:
+            saver.load_state_dict_from_checkpoint(resumed)
+        utils.trim_summary(str(self.output / 'summary.csv'), self.epoch)
+        return saver
+
+    # Loops
+
+    def run(self) -> None:
+        """Train and validate, epoch after epoch."""
+        if self.primary:
+            self._open_writers()
+        for epoch in range(self.epoch, self.schedule.epochs):
+            begin = time.perf_counter()
+            utils.random_seed(self.args.seed + epoch * self.args.world_size, self.args.rank)
+            train_data.set_epoch(self.loader, epoch)
+            train_data.set_epoch(self.unlabeled, epoch)
+            if self.mixup is not None and 0 < self.args.mixup_off_epoch <= epoch:
+                self._mixer().mixup_enabled = False
+            train_metrics = self.train_one_epoch(epoch)
+            if self.args.distributed and self.args.dist_bn:
+                utils.distribute_bn(
+                    self.task.get_trainable_module(), self.args.world_size, self.args.dist_bn == 'reduce'
+                )
+            eval_metrics = self.validate()
+            if self.task.has_ema() and not self.args.model_ema_force_cpu:
+                eval_metrics = self.validate(ema=True)
+            self._finish_epoch(epoch, train_metrics, eval_metrics, time.perf_counter() - begin)
+
+    def _mixer(self) -> Any:
+        return self.loader if isinstance(self.mixup, FastCollateMixup) else self.mixup
+
+    def train_one_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training images.
+
+        Raises:
+            ValueError: The loss or a label is not what it should be; names the step and the last good checkpoint.
+        """
+        args, task = self.args, self.task
+        task.train()
+        batches, accumulate = len(self.loader), args.grad_accum_steps
+        check_every = 1 if self.device.type == 'cpu' else args.log_interval  # reading a loss stalls an accelerator
+        loss_sum = torch.zeros((), device=self.device)
+        first_bad = torch.full((), -1, device=self.device)
+        images_seen = 0
+        update = epoch * self.updates_per_epoch
+        more = train_data.endless(self.unlabeled) if self.unlabeled is not None else None
+        bar = tqdm(total=batches, desc=f'epoch {epoch}', leave=False, disable=None if self.primary else True)
+        for i, (images, target) in enumerate(self.loader):
+            if args.no_prefetcher:
+                images, target = images.to(self.device), target.to(self.device)
+                if self.mixup is not None:
+                    images, target = self.mixup(images, target)
+            extra = {} if more is None else {'unlabeled': next(more).to(self.device)}
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            last_of_update = (i + 1) % accumulate == 0 or i + 1 == batches
+            group = accumulate if i < batches - batches % accumulate else batches % accumulate
+            try:
+                train_data.check_targets(target, args.num_classes)
+                with nullcontext() if last_of_update else task.no_sync():
+                    with self.autocast:
+                        loss = task(images, target, **extra)['loss']
+                    self._backward(loss / group, last_of_update)
+            except ValueError as error:
+                raise ValueError(self._where(epoch, i, str(error))) from error
+            loss = loss.detach()
+            loss_sum += loss * len(images)
+            images_seen += len(images)
+            first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), i, first_bad)
+            if ((i + 1) % check_every == 0 or i + 1 == batches) and first_bad >= 0:
+                raise ValueError(self._where(epoch, int(first_bad), 'the loss is not finite: lower --lr'))
+            if last_of_update:
+                update += 1
+                task.update_ema(step=update)
+                self.schedule.step_update(update)
+            if (i + 1) % args.log_interval == 0:
+                bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
+                bar.update(args.log_interval)
+            if self.saver is not None and args.recovery_interval and (i + 1) % args.recovery_interval == 0:
+                self.saver.save_recovery(epoch, batch_idx=i)
+        bar.close()
+        if args.distributed:
+            loss_sum = utils.reduce_tensor(loss_sum, args.world_size)
+        return {'loss': loss_sum.item() / images_seen}
+
+    def _backward(self, loss: torch.Tensor, update: bool) -> None:
+        args = self.args
+        if self.scaler is not None:
+            parameters = self._clipped_parameters()
+            self.scaler(loss, self.optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
+        else:
+            loss.backward()
+            if update:
+                if args.clip_grad is not None:
+                    utils.dispatch_clip_grad(self._clipped_parameters(), args.clip_grad, mode=args.clip_mode)
+                self.optimizer.step()
+        if update:
+            self.optimizer.zero_grad()
+
+    def _clipped_parameters(self) -> Any:
+        model: Any = self.task.get_trainable_module()
+        return model_parameters(model, exclude_head='agc' in self.args.clip_mode)
+
+    def _where(self, epoch: int, batch: int, what: str) -> str:
+        return f'epoch {epoch}, batch {batch}, step {self.task.steps}: {what}; {checkpoints.describe(self.saver)}'
+
+    @torch.inference_mode()
+    def validate(self, ema: bool = False) -> dict[str, float]:
+        """timm's evaluator over the validation images, with the intercepts in place; empty without a split."""
+        if self.eval_loader is None:
+            return {}
+        self.task.eval()
+        model: Any = self.task.get_eval_model(ema=ema)
+        evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.eval_loader))
+        for images, target in self.eval_loader:
+            images, target = images.to(self.device), target.to(self.device)
+            if self.args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            train_data.check_targets(target, self.args.num_classes)
+            with self.autocast:
+                output = model(images)
+            evaluator.update(output, target)
+        return dict(evaluator.compute(distributed=self.args.distributed))
+
+    # Records
+
+    def _open_writers(self) -> None:
+        if self.args.log_wandb:
+            import wandb
+
+            wandb.init(project=self.args.wandb_project, name=self.output.name, config=vars(self.args))
+        if self.args.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writers.append(SummaryWriter(str(self.output)))
+
+    def _finish_epoch(
+        self, epoch: int, train_metrics: dict[str, float], eval_metrics: dict[str, float], seconds: float
+    ) -> None:
+        """Write the summary and the checkpoint, and set the next epoch's learning rate."""
+        rates = [group['lr'] for group in self.optimizer.param_groups]
+        lr = sum(rates) / len(rates)
+        metric = eval_metrics.get(self.args.eval_metric)
+        generative = self.task.generative
+        train_metrics = {**train_metrics, 'phase': 'GG' if generative else 'DG'}  # type: ignore[dict-item]
+        train_metrics['ess'] = math.nan if self.task.ess is None else self.task.ess.mean().item()
+        self.schedule.step(epoch + 1, metric)
+        if self.saver is None:
+            return
+        summary = str(self.output / 'summary.csv')
+        utils.update_summary(epoch, train_metrics, eval_metrics, summary, lr=lr, log_wandb=self.args.log_wandb)
+        for writer in self.writers:
+            for name, value in {**train_metrics, **{f'eval_{k}': v for k, v in eval_metrics.items()}}.items():
+                if not isinstance(value, str):
+                    writer.add_scalar(name, value, epoch)
+        checkpoints.save(self.saver, epoch, metric)
+        error = f'  error {100 - eval_metrics["top1"]:.2f} %' if 'top1' in eval_metrics else ''
+        print(
+            f'epoch {epoch:3d}  {"GG" if generative else "DG"}  lr {lr:.5f}  loss {train_metrics["loss"]:7.4f}  '
+            f'ESS {train_metrics["ess"]:.1f}{error}  {seconds:.1f} s',
+            flush=True,
+        )
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    main(parser.parse_args())

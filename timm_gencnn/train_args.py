@@ -1,0 +1,252 @@
+"""The flags of `gencnn train`: those of timm's train.py by the same names and defaults, and the generative ones.
+
+Not taken over: augmentation splits with the JSD loss and split batch norm, knowledge distillation, NaFlex loaders,
+torchscript and Apex. `--script` runs timm's own script where those are wanted.
+"""
+
+import argparse
+import os
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from .task import PHASES
+
+RECIPES = Path(__file__).parent / 'recipes'
+
+
+class LoadConfig(argparse.Action):
+    """Read flags from a YAML file, or from a shipped recipe. Flags given on the command line win."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        path = Path(values)
+        if not path.exists() and (RECIPES / f'{values}.yaml').exists():
+            path = RECIPES / f'{values}.yaml'
+        try:
+            config = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            recipes = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
+            parser.error(f'cannot read configuration {values!r} ({error}); shipped recipes: {recipes}')
+        if not isinstance(config, dict):
+            parser.error(f'{path.name}: expected lines of the form "flag_name: value"')
+        for key, value in config.items():
+            key = key.replace('-', '_')
+            if not hasattr(namespace, key):
+                near = get_close_matches(key, vars(namespace), n=1)
+                parser.error(f'{path.name}: unknown setting {key!r}' + (f', perhaps {near[0]!r}' if near else ''))
+            if getattr(namespace, key) is parser.get_default(key):  # not given on the command line before
+                setattr(namespace, key, value)
+        setattr(namespace, self.dest, str(values))
+
+
+def ess_threshold(text: str) -> float | str:
+    """A number of images, or 'plateau'."""
+    return text if text == 'plateau' else float(text)
+
+
+def add_generative_arguments(parser: Any) -> None:
+    """Add the flags that timm does not have and that `--script` understands as well."""
+    group = parser.add_argument_group('generative pre-training')
+    add = group.add_argument
+    add('--phase', default='GG+DG', choices=PHASES, help='generative, discriminative, or first one then the other')
+    add('--gen-epochs', type=float, metavar='N', help='GG+DG: epochs before the switch')
+    add('--switch-ess', type=ess_threshold, metavar='X', help="GG+DG: switch at this smoothed ESS, or at its 'plateau'")
+    add('--disc-lr', type=float, metavar='LR', help='learning rate from the switch on (the schedule starts anew)')
+    add('--hybrid', type=float, default=0.0, metavar='H', help='weight of the discriminative loss before the switch')
+    add('--pool-queue', type=int, default=0, metavar='N', help='past images whose logits enlarge the image pool')
+    add('--pool-running-log-z', action='store_true', help='weigh images by a running log Z instead of the batch')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `gencnn train`."""
+    switch: dict[str, Any] = {'action': 'store_true'}
+    parser.add_argument(
+        '--script',
+        nargs=argparse.REMAINDER,
+        metavar='PATH',
+        help="run timm's own train.py with the generative task; its flags and the generative ones follow",
+    )
+    parser.add_argument('-c', '--config', action=LoadConfig, default='', metavar='FILE', help='YAML file or recipe')
+    add_generative_arguments(parser)
+
+    add = parser.add_argument_group('data').add_argument
+    add('data', nargs='?', metavar='DIR', help='as --data-dir')
+    add('--data-dir', metavar='DIR', help='root folder of the data set')
+    add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
+    add('--train-split', default='train', metavar='NAME')
+    add('--val-split', default='validation', metavar='NAME', help="'' for no validation")
+    add('--train-num-samples', type=int, metavar='N', help='size of an iterable training split')
+    add('--val-num-samples', type=int, metavar='N', help='size of an iterable validation split')
+    add('--dataset-download', **switch, help='allow torch/ and tfds/ data sets to be downloaded')
+    add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    add('--input-img-mode', metavar='MODE', help="image mode; default 'L' for one channel, else 'RGB'")
+    add('--input-key', metavar='KEY', help='column of the images')
+    add('--target-key', metavar='KEY', help='column of the labels')
+    add('--unlabeled-dataset', metavar='NAME', help='further images for the softmax over images; labels are not read')
+    add('--unlabeled-data-dir', metavar='DIR', help='its root folder')
+    add('--unlabeled-split', default='train', metavar='NAME')
+    add('--unlabeled-batch-size', type=int, metavar='N', help='default: as --batch-size')
+    add('--cache-images', **switch, help='keep decoded images in memory; only without augmentation (--no-aug)')
+
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='resnet50', metavar='NAME')
+    add('--pretrained', **switch, help='start from pretrained weights')
+    add('--pretrained-path', metavar='PATH', help='file to take the pretrained weights from')
+    add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights of this checkpoint')
+    add('--resume', default='', metavar='PATH', help="go on from this checkpoint; 'auto': the run's newest whole one")
+    add('--no-resume-opt', **switch, help="do not restore the optimizer's state")
+    add('--num-classes', type=int, metavar='N')
+    add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, ...')
+    add('--img-size', type=int, metavar='N')
+    add('--in-chans', type=int, metavar='N')
+    add('--input-size', type=int, nargs=3, metavar='N', help='channels, height, width')
+    add('--crop-pct', type=float, metavar='F', help='centre crop in validation')
+    add('--mean', type=float, nargs='+', metavar='X', help='mean pixel value')
+    add('--std', type=float, nargs='+', metavar='X', help='standard deviation of the pixels')
+    add('--interpolation', default='', metavar='NAME')
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='per process (default: 128)')
+    add('-vb', '--validation-batch-size', type=int, metavar='N')
+    add('--channels-last', **switch)
+    add('--grad-accum-steps', type=int, default=1, metavar='N')
+    add('--grad-checkpointing', **switch)
+    add('--fast-norm', **switch)
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--head-init-scale', type=float, metavar='X')
+    add('--head-init-bias', type=float, metavar='X')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
+    add('--torchcompile-mode', metavar='MODE')
+
+    add = parser.add_argument_group('device').add_argument
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--amp', **switch, help='mixed precision')
+    add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
+    add('--no-ddp-bb', **switch, help='do not broadcast buffers')
+    add('--sync-bn', **switch, help='synchronised batch norm')
+    add('--dist-bn', default='reduce', choices=['reduce', 'broadcast', ''], help='batch-norm statistics of the ranks')
+
+    add = parser.add_argument_group('optimizer').add_argument
+    add('--opt', default='sgd', metavar='NAME')
+    add('--opt-eps', type=float, metavar='X')
+    add('--opt-betas', type=float, nargs='+', metavar='X')
+    add('--momentum', type=float, default=0.9, metavar='X')
+    add('--weight-decay', type=float, default=2e-5, metavar='X')
+    add('--clip-grad', type=float, metavar='X', help='clip the gradients')
+    add('--clip-mode', default='norm', choices=['norm', 'value', 'agc'])
+    add('--layer-decay', type=float, metavar='X', help='layer-wise decay of the learning rate')
+    add('--layer-decay-min-scale', type=float, default=0, metavar='X')
+    add('--layer-decay-no-opt-scale', type=float, metavar='X')
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
+
+    add = parser.add_argument_group('learning-rate schedule').add_argument
+    add('--sched', default='cosine', metavar='NAME', help="timm's, or 'inv': lr (1 + t/decay_epochs)^-decay_rate")
+    add('--sched-on-updates', **switch, help='step the schedule on updates, not epochs')
+    add('--lr', type=float, metavar='LR')
+    add('--lr-base', type=float, default=0.1, metavar='LR', help='lr = lr_base * global_batch_size / base_size')
+    add('--lr-base-size', type=int, default=256, metavar='N')
+    add('--lr-base-scale', default='', choices=['', 'linear', 'sqrt'])
+    add('--lr-noise', type=float, nargs='+', metavar='X')
+    add('--lr-noise-pct', type=float, default=0.67, metavar='X')
+    add('--lr-noise-std', type=float, default=1.0, metavar='X')
+    add('--lr-cycle-mul', type=float, default=1.0, metavar='X')
+    add('--lr-cycle-decay', type=float, default=0.5, metavar='X')
+    add('--lr-cycle-limit', type=int, default=1, metavar='N')
+    add('--lr-k-decay', type=float, default=1.0, metavar='X')
+    add('--warmup-lr', type=float, default=1e-5, metavar='LR')
+    add('--min-lr', type=float, default=0.0, metavar='LR')
+    add('--epochs', type=int, default=300, metavar='N')
+    add('--epoch-repeats', type=float, default=0.0, metavar='N')
+    add('--start-epoch', type=int, metavar='N')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
+    add('--decay-epochs', type=float, default=90, metavar='N')
+    add('--warmup-epochs', type=int, default=5, metavar='N')
+    add('--warmup-prefix', **switch)
+    add('--cooldown-epochs', type=int, default=0, metavar='N')
+    add('--patience-epochs', type=int, default=10, metavar='N')
+    add('--decay-rate', '--dr', type=float, default=0.1, metavar='X')
+
+    add = parser.add_argument_group('augmentation and regularisation').add_argument
+    add('--no-aug', **switch, help='no augmentation at all')
+    add('--train-crop-mode', metavar='MODE')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='X')
+    add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X')
+    add('--hflip', type=float, default=0.5, metavar='P')
+    add('--vflip', type=float, default=0.0, metavar='P')
+    add('--color-jitter', type=float, default=0.4, metavar='X')
+    add('--color-jitter-prob', type=float, metavar='P')
+    add('--grayscale-prob', type=float, default=0.0, metavar='P')
+    add('--gaussian-blur-prob', type=float, default=0.0, metavar='P')
+    add('--aa', metavar='NAME', help='AutoAugment policy')
+    add('--aug-repeats', type=float, default=0, metavar='N')
+    add('--bce-loss', **switch, help='binary cross-entropy in the discriminative phase')
+    add('--bce-sum', **switch)
+    add('--bce-target-thresh', type=float, metavar='X')
+    add('--bce-pos-weight', type=float, metavar='X')
+    add('--reprob', type=float, default=0.0, metavar='P', help='random erasing')
+    add('--remode', default='pixel', metavar='MODE')
+    add('--recount', type=int, default=1, metavar='N')
+    add('--mixup', type=float, default=0.0, metavar='X')
+    add('--cutmix', type=float, default=0.0, metavar='X')
+    add('--cutmix-minmax', type=float, nargs='+', metavar='X')
+    add('--mixup-prob', type=float, default=1.0, metavar='P')
+    add('--mixup-switch-prob', type=float, default=0.5, metavar='P')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
+    add('--mixup-off-epoch', type=int, default=0, metavar='N')
+    add('--smoothing', type=float, default=0.1, metavar='X', help='of the discriminative loss (default: 0.1)')
+    add('--train-interpolation', default='random', metavar='NAME')
+    add('--drop', type=float, default=0.0, metavar='P')
+    add('--drop-path', type=float, metavar='P')
+    add('--drop-block', type=float, metavar='P')
+    add('--bn-momentum', type=float, metavar='X')
+    add('--bn-eps', type=float, metavar='X')
+
+    add = parser.add_argument_group('moving average of the weights').add_argument
+    add('--model-ema', **switch)
+    add('--model-ema-force-cpu', **switch)
+    add('--model-ema-decay', type=float, default=0.9998, metavar='X')
+    add('--model-ema-warmup', **switch)
+
+    add = parser.add_argument_group('miscellaneous').add_argument
+    add('--seed', type=int, default=42, metavar='N')
+    add('--worker-seeding', default='all', choices=['all', 'part'])
+    add('--log-interval', type=int, default=50, metavar='N', help='batches between two updates of the progress bar')
+    add('--recovery-interval', type=int, default=0, metavar='N', help='batches between two recovery checkpoints')
+    add('--checkpoint-hist', type=int, default=10, metavar='N')
+    add('-j', '--workers', type=int, default=4, metavar='N')
+    add('--pin-mem', **switch)
+    add('--no-prefetcher', **switch)
+    add('--output', default='', metavar='DIR', help='default: ./output/train')
+    add('--experiment', default='', metavar='NAME', help='sub-folder of the output')
+    add('--eval-metric', default='top1', metavar='NAME')
+    add('--log-wandb', **switch)
+    add('--wandb-project', metavar='NAME')
+    add('--log-tensorboard', **switch)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, before anything is loaded.
+
+    Raises:
+        ValueError: They do.
+    """
+    if args.data and not args.data_dir:
+        args.data_dir = args.data
+    if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
+        raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
+    if args.phase != 'DG' and args.batch_size < 2 and int(os.environ.get('WORLD_SIZE', 1)) < 2:
+        raise ValueError(f'batch size {args.batch_size} has no image pool: phase {args.phase} needs at least 2 images')
+    if args.batch_size < 1 or args.grad_accum_steps < 1:
+        raise ValueError(f'batch size {args.batch_size} and accumulation {args.grad_accum_steps} must be at least 1')
+    if args.resume == 'auto' and not args.experiment:
+        raise ValueError("--resume auto needs --experiment, the name of the run's folder")
+    if args.cache_images and not args.no_aug:
+        raise ValueError('--cache-images would repeat the first augmentation of each image: add --no-aug')
+    if args.amp and args.device == 'cpu' and args.amp_dtype == 'float16':
+        raise ValueError('float16 needs loss scaling, which the CPU lacks: add --amp-dtype bfloat16')
+    for name in ('log_wandb', 'log_tensorboard'):
+        if getattr(args, name) and find_spec(name.removeprefix('log_')) is None:
+            raise ValueError(f'--{name.replace("_", "-")} needs the package {name.removeprefix("log_")}: install it')

@@ -1,0 +1,235 @@
+"""Data sets and loaders of `gencnn train` and `gencnn validate`: timm's own, and an in-memory cache."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from torch.utils.data import Dataset
+
+
+class CachedImages(Dataset):
+    """A data set that keeps each image after it was first decoded and transformed.
+
+    For transforms that draw no random numbers and images that fit in memory. Every worker process has a cache of its
+    own, which dies with it: use it with workers=0.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._items: dict[int, tuple[Any, Any]] = {}
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+        self._items.clear()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if index not in self._items:
+            self._items[index] = self.dataset[index]
+        return self._items[index]
+
+
+def open_dataset(name: str, root: str | None, split: str, in_chans: int, cache: bool = False, **kwargs: Any) -> Any:
+    """timm's create_dataset, with an error that says what was asked for when it is not there.
+
+    Args:
+        name: As timm's --dataset.
+        root: As timm's --data-dir.
+        split: Name of the split.
+        in_chans: Channels of the model; one channel reads images as 'L', others as 'RGB'.
+        cache: Keep decoded images in memory.
+        kwargs: Further arguments of create_dataset.
+
+    Raises:
+        ValueError: The data set, folder or split does not exist or holds no image.
+    """
+    kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
+    try:
+        dataset = create_dataset(name, root=root, split=split, **kwargs)
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        where = f'data set {name!r}' if name else 'image folder'
+        where += f' in {root!r}' if root else ''
+        raise ValueError(f'cannot open {where}, split {split!r}: {error}') from error
+    return CachedImages(dataset) if cache else dataset
+
+
+def check_classes(dataset: Any, num_classes: int) -> None:
+    """Refuse a data set that knows of more classes than the model has.
+
+    Raises:
+        ValueError: It does.
+    """
+    classes = len(getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or ())
+    if classes > num_classes:
+        raise ValueError(f'the data set has {classes} classes, the model {num_classes}: set --num-classes {classes}')
+
+
+def check_targets(target: torch.Tensor, num_classes: int) -> None:
+    """Refuse class indices outside [0, num_classes). On an accelerator it does nothing, so as not to stall it.
+
+    Raises:
+        ValueError: A label is out of range.
+    """
+    if target.is_floating_point() or target.device.type != 'cpu':
+        return
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f'label {high if high >= num_classes else low} is outside [0, {num_classes})')
+
+
+def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """The mixup or cutmix that the flags ask for, or None."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        return None
+    return (Mixup if args.no_prefetcher else FastCollateMixup)(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def train_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.device, mixup: Mixup | None) -> Any:
+    """Loader of the labeled training images."""
+    dataset = open_dataset(
+        args.dataset,
+        args.data_dir,
+        args.train_split,
+        config['input_size'][0],
+        cache=args.cache_images,
+        is_training=True,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples,
+        **_dataset_arguments(args),
+    )
+    check_classes(dataset, args.num_classes)
+    collate = mixup if isinstance(mixup, FastCollateMixup) else None
+    return _train_loader(dataset, args.batch_size, args, config, device, collate_fn=collate)
+
+
+def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.device) -> Any | None:
+    """Loader of the unlabeled images, or None."""
+    if args.unlabeled_dataset is None and args.unlabeled_data_dir is None:
+        return None
+    dataset = open_dataset(
+        args.unlabeled_dataset or '',
+        args.unlabeled_data_dir,
+        args.unlabeled_split,
+        config['input_size'][0],
+        cache=args.cache_images,
+        input_img_mode=args.input_img_mode,
+    )
+    return _train_loader(dataset, args.unlabeled_batch_size or args.batch_size, args, config, device)
+
+
+def _train_loader(
+    dataset: Any, batch_size: int, args: argparse.Namespace, config: dict[str, Any], device: torch.device, **kwargs: Any
+) -> Any:
+    if not args.no_prefetcher and device.type == 'mps':
+        raise ValueError('timm prefetches to CPU, CUDA and NPU devices only: add --no-prefetcher')
+    loader = create_loader(
+        dataset,
+        config['input_size'],
+        batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        interpolation=config['interpolation'] if args.no_aug else args.train_interpolation,
+        worker_seeding=args.worker_seeding,
+        persistent_workers=False,  # workers start with the epoch's seed, so that a resumed run sees the same data
+        **_loader_arguments(args, config, device),
+        **kwargs,
+    )
+    if len(loader) == 0:
+        raise ValueError(f'{len(dataset)} training images do not fill one batch of {batch_size}: lower --batch-size')
+    return loader
+
+
+def eval_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.device) -> Any | None:
+    """Loader of the validation images, or None without a validation split."""
+    if not args.val_split:
+        return None
+    dataset = open_dataset(
+        args.dataset,
+        args.data_dir,
+        args.val_split,
+        config['input_size'][0],
+        cache=args.cache_images,
+        batch_size=args.batch_size,
+        num_samples=args.val_num_samples,
+        **_dataset_arguments(args),
+    )
+    return create_loader(
+        dataset,
+        config['input_size'],
+        args.validation_batch_size or args.batch_size,
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        **_loader_arguments(args, config, device),
+    )
+
+
+def _dataset_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        'class_map': args.class_map or None,
+        'download': args.dataset_download,
+        'input_img_mode': args.input_img_mode,
+        'input_key': args.input_key,
+        'target_key': args.target_key,
+    }
+
+
+def _loader_arguments(args: argparse.Namespace, config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        'mean': config['mean'],
+        'std': config['std'],
+        'num_workers': args.workers,
+        'distributed': args.distributed,
+        'pin_memory': args.pin_mem,
+        'device': device,
+        'use_prefetcher': not args.no_prefetcher,
+    }
+
+
+def endless(loader: Any) -> Iterator[torch.Tensor]:
+    """Images of a loader, over and over."""
+    while True:
+        for images, *_ in loader:
+            yield images
+
+
+def set_epoch(loader: Any | None, epoch: int) -> None:
+    """Tell a distributed sampler, or an iterable data set, which epoch's order is wanted."""
+    for name in ('sampler', 'dataset'):
+        owner: Any = getattr(loader, name, None)
+        if hasattr(owner, 'set_epoch'):
+            owner.set_epoch(epoch)
+            return
