@@ -41,7 +41,8 @@ def images(tmp_path_factory) -> Path:
 
 
 def flags(images: Path, out: Path, *more: str) -> list[str]:
-    basics = '--model lenet --num-classes 3 -b 8 -j 0 --device cpu --epochs 4 --warmup-epochs 0 --lr 0.01 --momentum 0.5 --gen-epochs 2'
+    basics = '--model lenet --num-classes 3 -b 8 -j 0 --device cpu'
+    basics += ' --epochs 4 --gen-epochs 2 --warmup-epochs 0 --lr 0.01 --momentum 0.5'
     where = ['--data-dir', str(images), '--output', str(out), '--experiment', 'run']
     return ['train', *basics.split(), *where, *more]
 
