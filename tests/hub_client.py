@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +277,10 @@ def command(*arguments: str) -> int:
     return main(arguments)
 
 
-def listed() -> tuple[list[Any], list[str]]:
-    from timm_gencnn import listing, zoo
+def listed() -> tuple[list[dict[str, Any]], list[str]]:
+    from timm_gencnn import list_pretrained, zoo
 
-    return listing.list_pretrained(), zoo.names(zoo.FOLDER)
+    return [asdict(checkpoint) for checkpoint in list_pretrained()], zoo.names(zoo.FOLDER)
 
 
 def validate_card(text: str) -> None:

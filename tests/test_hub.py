@@ -467,7 +467,11 @@ def test_push_command_with_the_folder_of_a_run(client: Client, tmp_path: Path) -
 
 def test_list_pretrained(client: Client) -> None:
     checkpoints, names = ok(client(hub_client.listed))
-    assert [c.name for c in checkpoints] == [f'gencnn_{name}' for name in names]
-    assert all(Path(c.location).exists() for c in checkpoints)
+    assert [c['name'] for c in checkpoints] == [f'gencnn_{name}' for name in names]
     printed = client(hub_client.command, 'list').log
-    assert all(c.name in printed and c.dataset in printed and c.location in printed for c in checkpoints)
+    for checkpoint in checkpoints:
+        assert Path(checkpoint['location']).exists()
+        assert checkpoint['dataset']
+        assert checkpoint['error'] < 100
+        assert all(checkpoint[key] in printed for key in ('name', 'dataset', 'location'))
+        assert f'{checkpoint["error"]:.2f} %' in printed
