@@ -1,0 +1,116 @@
+"""`gencnn validate`: its figures against other implementations and closed forms, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from timm_gencnn import cli
+from timm_gencnn.generative import as_generative
+from timm_gencnn.validate import auroc, expected_calibration_error, scores, validate
+
+
+def test_auroc_is_sklearns_with_ties():
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randint(2, 9, (200,), generator=generator).float()
+    outside = torch.randint(0, 7, (300,), generator=generator).float()
+    labels = np.r_[np.ones(200), np.zeros(300)]
+    assert auroc(inside, outside) == pytest.approx(roc_auc_score(labels, torch.cat([inside, outside])))
+    assert auroc(inside + 100, outside) == 1
+    assert auroc(inside, inside) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match='without NaN'):
+        auroc(torch.tensor([torch.nan]), outside)
+
+
+def test_expected_calibration_error_by_hand():
+    """0.9 is right 3 times of 4; 0.6 once of 2; 1.0 twice of 2: |3.6 - 3| + |1.2 - 1| + 0 over 8."""
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6, 1.0, 1.0])
+    correct = torch.tensor([True, True, True, False, True, False, True, True])
+    assert expected_calibration_error(confidence, correct) == pytest.approx((0.6 + 0.2) / 8)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = 3
+        self.fc = nn.Linear(4, 3)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+def test_scores_in_closed_form():
+    torch.manual_seed(0)
+    model = as_generative(Linear()).eval()
+    x = torch.randn(10, 1, 2, 2)
+    assert set(scores(model, [(x, None)])) == {'logit', 'gradient_norm'}
+    model.set_log_z([1.0, -2.0, 0.5])
+    found = scores(model, [(x[:6], None), (x[6:], None)])
+    logits = model(x).detach()
+    torch.testing.assert_close(found['logit'], logits.amax(1))
+    torch.testing.assert_close(found['log_ratio'], (logits - torch.tensor([1.0, -2.0, 0.5])).amax(1))
+    torch.testing.assert_close(found['gradient_norm'], -(logits.softmax(1) @ model.fc.weight).norm(dim=1).detach())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_validate_counts():
+    model = Linear().eval()
+    x = torch.randn(50, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    logits = model(x).detach()
+    target = logits.argmax(1)
+    target[:10] = (target[:10] + 1) % 3
+    result = validate(model, [(x[:30], target[:30]), (x[30:], target[30:])])
+    assert result['top1'] == pytest.approx(80)
+    assert result['top5'] == 100
+    assert result['images'] == 50
+    assert result['nll'] == pytest.approx(nn.functional.cross_entropy(logits, target).item())
+    with pytest.raises(ValueError, match=r'label 3 is outside \[0, 3\)'):
+        validate(model, [(x, target + 1)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, high in (('validation', 255), ('noise', 40)):
+        for c in range(2):
+            (tmp_path / split / f'{c}').mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, high, (28, 28), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / f'{c}/{i}.png')
+    return tmp_path
+
+
+def test_command(folder, capsys):
+    torch.manual_seed(0)
+    torch.save({'state_dict': timm.create_model('lenet', num_classes=2).state_dict()}, folder / 'model.pth.tar')
+    argv = ['validate', '--model', 'gencnn_lenet', '--num-classes', '2', '--checkpoint', str(folder / 'model.pth.tar')]
+    argv += ['--data-dir', str(folder), '-j', '0', '--device', 'cpu', '--log-z-split', 'validation']
+    argv += ['--ood-data-dir', str(folder / 'noise'), '--results-file', str(folder / 'results.json')]
+    assert cli.main(argv) == 0
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['images'] == 6
+    assert {'top1', 'nll', 'ece', 'auroc_logit', 'auroc_log_ratio', 'auroc_gradient_norm'} <= set(results)
+    assert f'{"top1":20s} {results["top1"]:.4f}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--num-classes', '1'], 'has 2 classes, the model 1'),
+        (['--checkpoint', 'gone.pth.tar'], "cannot load model 'lenet' 'gone.pth.tar'"),
+        (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere'"),
+        (['--model', 'lennet'], "cannot load model 'lennet'"),
+    ],
+)
+def test_bad_input(folder, capsys, more, message):
+    argv = ['validate', '--model', 'lenet', '--data-dir', str(folder), '-j', '0', '--device', 'cpu', *more]
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err

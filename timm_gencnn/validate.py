@@ -1,0 +1,233 @@
+"""`gencnn validate`: accuracy, calibration, and how well scores tell a data set from another one."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.data import create_loader, resolve_data_config
+from timm.models import create_model
+from timm.task import ClassificationEvaluator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .generative import as_generative
+from .train_args import LoadConfig
+from .train_data import check_classes, check_targets, open_dataset
+
+__all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'scores', 'validate']
+
+SCORES = ('logit', 'log_ratio', 'gradient_norm')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `gencnn validate`; those of timm's validate.py go by the same names."""
+    add = parser.add_argument
+    switch: dict[str, Any] = {'action': 'store_true'}
+    add('data', nargs='?', metavar='DIR', help='as --data-dir')
+    add('-c', '--config', action=LoadConfig, default='', metavar='FILE', help='YAML file')
+    add('--data-dir', metavar='DIR', help='root folder of the data set')
+    add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
+    add('--split', default='validation', metavar='NAME')
+    add('--model', '-m', default='gencnn_lenet', metavar='NAME')
+    add('--pretrained', **switch)
+    add('--checkpoint', default='', metavar='PATH', help='a checkpoint of gencnn train, or of timm')
+    add('--use-ema', **switch, help='the moving average of the weights in the checkpoint')
+    add('--num-classes', type=int, metavar='N')
+    add('--in-chans', type=int, metavar='N')
+    add('--input-size', type=int, nargs=3, metavar='N', help='channels, height, width')
+    add('--img-size', type=int, metavar='N')
+    add('--crop-pct', type=float, metavar='F')
+    add('--mean', type=float, nargs='+', metavar='X')
+    add('--std', type=float, nargs='+', metavar='X')
+    add('--interpolation', default='', metavar='NAME')
+    add('--class-map', default='', metavar='FILE')
+    add('-b', '--batch-size', type=int, default=256, metavar='N')
+    add('-j', '--workers', type=int, default=4, metavar='N')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--channels-last', **switch)
+    add('--amp', **switch)
+    add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
+    add('--ood-dataset', metavar='NAME', help='a second data set, whose images should score lower: gives AUROC')
+    add('--ood-data-dir', metavar='DIR')
+    add('--ood-split', default='validation', metavar='NAME')
+    add('--log-z-split', metavar='NAME', help='estimate log Z on this split (a training split) for the log-ratio score')
+    add('--results-file', default='', metavar='FILE', help='write the results as JSON')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Validate as the flags say, and print one figure a line.
+
+    Raises:
+        ValueError: Missing data, classes that do not fit, or an unusable checkpoint.
+    """
+    if args.data and not args.data_dir:
+        args.data_dir = args.data
+    device = torch.device(args.device)
+    model = _create_model(args).to(device).eval()
+    config = resolve_data_config(vars(args), model=model)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    def loader(name: str, root: str | None, split: str) -> Any:
+        dataset = open_dataset(name, root, split, config['input_size'][0], class_map=args.class_map or None)
+        return create_loader(
+            dataset,
+            config['input_size'],
+            args.batch_size,
+            interpolation=config['interpolation'],
+            mean=config['mean'],
+            std=config['std'],
+            crop_pct=config['crop_pct'],
+            num_workers=args.workers,
+            device=device,
+            use_prefetcher=device.type in ('cpu', 'cuda'),
+        )
+
+    if args.log_z_split:
+        as_generative(model).estimate_log_z(loader(args.dataset, args.data_dir, args.log_z_split))
+    data = loader(args.dataset, args.data_dir, args.split)
+    check_classes(data.dataset, model.num_classes)
+    autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
+    results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint, **validate(model, data, autocast)}
+    if args.ood_dataset is not None or args.ood_data_dir is not None:
+        outside = loader(args.ood_dataset or '', args.ood_data_dir, args.ood_split)
+        inside_scores, outside_scores = (scores(model, tqdm(d, desc='scores', leave=False)) for d in (data, outside))
+        results |= {f'auroc_{k}': 100 * auroc(inside_scores[k], outside_scores[k]) for k in inside_scores}
+    for name, value in results.items():
+        print(f'{name:20s} {value:.4f}' if isinstance(value, float) else f'{name:20s} {value}')
+    if args.results_file:
+        with open(args.results_file, 'w') as file:
+            json.dump(results, file, indent=2)
+
+
+def _create_model(args: argparse.Namespace) -> Any:
+    optional = {'num_classes': args.num_classes, 'img_size': args.img_size}
+    optional['in_chans'] = args.in_chans or (args.input_size[0] if args.input_size else None)
+    try:
+        model = create_model(
+            args.model, pretrained=args.pretrained, **{k: v for k, v in optional.items() if v is not None}
+        )
+        if args.checkpoint:
+            from timm.models import load_checkpoint
+
+            load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    except (RuntimeError, KeyError, FileNotFoundError) as error:
+        raise ValueError(f'cannot load model {args.model!r} {args.checkpoint!r}: {error}') from error
+    return model
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, loader: Any, autocast: Any = None) -> dict[str, Any]:
+    """Accuracy and calibration of a classifier.
+
+    Args:
+        model: Maps images [n, C, H, W] to logits [n, classes]; in eval mode.
+        loader: Batches of normalised images and class indices.
+        autocast: A context for the forward passes.
+
+    Returns:
+        'top1' and 'top5' in per cent, 'nll' in nats, 'ece' in per cent (15 bins), 'images'.
+
+    Raises:
+        ValueError: A label is out of range.
+    """
+    device = next(model.parameters()).device
+    evaluator = ClassificationEvaluator(device)
+    confidence, correct = [], []
+    for images, target in tqdm(loader, desc='validate', leave=False):
+        images, target = images.to(device), target.to(device)
+        with autocast if autocast is not None else torch.autocast(device.type, enabled=False):
+            logits = model(images).float()
+        check_targets(target, logits.shape[1])
+        evaluator.update(logits, target)
+        best = logits.softmax(1).max(1)
+        confidence.append(best.values)
+        correct.append(best.indices == target)
+    if not confidence:
+        raise ValueError('the data set has no images')
+    result = evaluator.compute()
+    ece = expected_calibration_error(torch.cat(confidence), torch.cat(correct))
+    images_seen = int(evaluator.counts[0])
+    return {
+        'top1': result['top1'],
+        'top5': result['top5'],
+        'nll': result['loss'],
+        'ece': 100 * ece,
+        'images': images_seen,
+    }
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins (Guo et al., ICML 2017, equation 3).
+
+    Args:
+        confidence: Probability of the predicted class [n], in [0, 1].
+        correct: Whether the prediction is right [n].
+        bins: Number of bins (lower edge excluded, upper edge included).
+
+    Returns:
+        The error, in [0, 1].
+    """
+    index = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gap.index_add_(0, index, confidence.double() - correct.double())
+    return gap.abs().sum().item() / len(confidence)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an inside score exceeds an outside one, ties counting half: the area under the ROC curve.
+
+    Args:
+        inside: Scores that should be high [n].
+        outside: Scores that should be low [m].
+
+    Returns:
+        The area, in [0, 1].
+
+    Raises:
+        ValueError: A score is NaN, or one side is empty.
+    """
+    if len(inside) == 0 or len(outside) == 0 or inside.isnan().any() or outside.isnan().any():
+        raise ValueError(f'AUROC needs scores without NaN on both sides, got {len(inside)} and {len(outside)}')
+    inside, outside = inside.double(), outside.double().sort().values
+    below = torch.searchsorted(outside, inside) + torch.searchsorted(outside, inside, right=True)
+    return below.double().mean().item() / (2 * len(outside))
+
+
+def scores(model: nn.Module, loader: Any) -> dict[str, Tensor]:
+    """Scores of images that should be high on what the model was trained on.
+
+    Args:
+        model: A classifier in eval mode; a generative one that knows log Z also gives the log-ratio.
+        loader: Batches that start with normalised images.
+
+    Returns:
+        [n] each: 'logit', max_y f_y(x); 'log_ratio', max_y f_y(x) - log Z_y, where log Z is known; 'gradient_norm',
+        -|d/dx logsumexp_y f_y(x)| (JEM's approximate mass: typical images lie where the density is flat).
+    """
+    log_z = getattr(model, 'log_z', None)
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {'logit': lambda logits: logits.amax(1)}
+    if log_z is not None:
+        kinds['log_ratio'] = lambda logits: (logits - log_z.to(logits)).amax(1)
+    found: dict[str, list[Tensor]] = {name: [] for name in SCORES if name in kinds or name == 'gradient_norm'}
+    for x, logits in _with_input_gradient(model, loader):
+        for name, score in kinds.items():
+            found[name].append(score(logits.detach()))
+        gradient = torch.autograd.grad(logits.logsumexp(1).sum(), x)[0]
+        found['gradient_norm'].append(-gradient.flatten(1).norm(dim=1))
+    return {name: torch.cat(values).cpu() for name, values in found.items()}
+
+
+def _with_input_gradient(model: nn.Module, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    parameter = next(model.parameters())
+    flags = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        for images, *_ in loader:
+            x = images.to(parameter).requires_grad_()
+            yield x, model(x).float()
+    finally:
+        for p, flag in zip(model.parameters(), flags, strict=True):
+            p.requires_grad_(flag)
