@@ -152,7 +152,8 @@ def test_revision_and_pull_request(hub: LoopbackHub, client: Client) -> None:
     _, url = ok(client(hub_client.push, 'alice/branches', seed=2, create_pr=True, token=OTHER_TOKEN))
     assert url == f'{hub.endpoint}/alice/branches/discussions/1'
     assert set(hub.repo('alice/branches').branches) == {'main', 'v1.0', 'refs/pr/1'}
-    for seed, at in enumerate(['', '@v1.0', '@refs/pr/1']):
+    ok(client(hub_client.push, 'alice/branches', seed=3, revision='refs/pr/1'))
+    for seed, at in ((0, ''), (1, '@v1.0'), (3, '@refs/pr/1')):
         for through in ('timm', 'from_pretrained'):
             pulled = ok(client(hub_client.pull, f'alice/branches{at}', through))
             assert pulled == ok(client(hub_client.expected, seed))
@@ -170,6 +171,9 @@ def test_dry_run_writes_what_would_be_pushed(
     assert written == {name: content for name, content in pushed.items() if name != '.gitattributes'}
     for name, content in written.items():
         assert re.search(rf'{re.escape(name.split("/")[-1])} +{len(content):,} bytes', outcome.log)
+    refused = client(hub_client.push, 'alice/net', dry_run=tmp_path / 'leak', recipe={'command': TOKEN})
+    assert 'would publish a Hub token' in refused.error
+    assert not (tmp_path / 'leak').exists()
     again = client(hub_client.push, 'alice/net', dry_run=folder)
     assert again.kind == 'ValueError'
     assert 'is not empty' in again.error

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,22 +112,22 @@ def push_to_hub(
         **{'gallery': runs, 'gallery_dataset': gallery_dataset},
         **{'results': results, 'recipe': recipe, 'data_config': data_config, 'license': license, 'token': token},
     }
-    if dry_run is not None:
-        folder = Path(dry_run)
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f'the folder {str(folder)!r} is not empty: name one that is, or a new one')
-        write_folder(model, folder, repo_id, **facts)
-        print(list_folder(folder))
-        return folder
+    target = None if dry_run is None else Path(dry_run)
+    if target is not None and target.exists() and any(target.iterdir()):
+        raise ValueError(f'the folder {str(target)!r} is not empty: name one that is, or a new one')
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_folder(model, folder, repo_id, **facts)
+        if target is not None:
+            shutil.copytree(folder, target, dirs_exist_ok=True)
+            print(list_folder(target))
+            return target
         if gallery_dataset is not None:
             _push_gallery(runs, gallery_dataset, repo_id, private, token)
         api = HfApi(token=token, library_name='timm_gencnn')
         with _explained(repo_id, 'nothing was published'):
             api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None and not create_pr:
+            if revision is not None and not create_pr and not revision.startswith('refs/'):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             head = api.model_info(repo_id, revision=revision)
             _check_privacy(private, head.private, repo_id)
