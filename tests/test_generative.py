@@ -67,7 +67,7 @@ def test_densities_are_normalised(cube, linear):
     model.set_log_z(log_z)
     one = torch.ones(3, dtype=torch.float64)
     torch.testing.assert_close(model.log_ratio(cube).exp().mean(0), one, rtol=0, atol=1e-6)
-    for priors in (None, PRIORS):
+    for priors in (None, PRIORS, 1000 * PRIORS):
         torch.testing.assert_close((-model.energy(cube, priors=priors)).exp().mean(), one[0], rtol=0, atol=1e-6)
     assert (model.score(cube).exp().mean(0) - 1).abs().min() > 0.1  # control: the scores alone are not
 
