@@ -289,5 +289,11 @@ def validate_card(text: str) -> None:
     ModelCard(text).validate()
 
 
+def is_untouched(text: str) -> bool:
+    from timm_gencnn import card
+
+    return card.is_untouched(text)
+
+
 def process_id() -> int:
     return os.getpid()

@@ -210,6 +210,19 @@ def test_card(hub: LoopbackHub, client: Client, published: tuple[str, str]) -> N
     assert 'model-index' not in card(hub, 'alice/unmeasured')
 
 
+def test_cards_of_the_zoo(client: Client) -> None:
+    checkpoints, names = ok(client(hub_client.listed))
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        folder = ROOT / 'hub_cards' / name
+        text = (folder / 'README.md').read_bytes().decode()
+        ok(client(hub_client.validate_card, text))
+        assert ok(client(hub_client.is_untouched, text))
+        assert f'| error (%) | {checkpoint["error"]:.6g} |' in text
+        pictures = re.findall(r'url: (images/.*)', text)
+        assert pictures
+        assert all((folder / picture).exists() for picture in pictures)
+
+
 def test_snippets_with_this_package(
     client: Client, published: tuple[str, str], hub: LoopbackHub, tmp_path: Path
 ) -> None:
