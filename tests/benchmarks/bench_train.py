@@ -1,0 +1,219 @@
+"""What generative training costs, side by side in one run.
+
+    python tests/benchmarks/bench_train.py [step] [loop] [ranks] [--device cuda]
+
+step   a generative step against a discriminative one: ResNet-18, batch 256, 32 px; time and peak memory
+loop   an epoch of `gencnn train` against a bare loop of timm's ClassificationTask and create_loader
+ranks  the softmax over the images of all ranks: O(C) reductions against gathering all logits (gloo)
+
+Times on the CPU are CPU seconds of one thread, so that other work on the machine does not count; medians of interleaved
+repetitions, with the quartiles of the ratio.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from timm.task import ClassificationTask
+
+from timm_gencnn import train
+from timm_gencnn.loss import log_mean_exp
+from timm_gencnn.task import GenerativeTask
+
+
+def seconds(f: Callable[[], object], device: torch.device) -> float:
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    f()
+    return time.process_time() - start
+
+
+def compare(name: str, ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> None:
+    """Interleave the two, in turns first, and print medians and the ratio ours / theirs."""
+    ours(), theirs()
+    pairs = []
+    for i in range(repeats):
+        if i % 2:
+            a, b = seconds(ours, device), seconds(theirs, device)
+        else:
+            b, a = seconds(theirs, device), seconds(ours, device)
+        pairs.append((a, b))
+    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+    low, middle, high = statistics.quantiles([x / y for x, y in pairs], n=4)
+    print(f'{name:46s} {a:8.4f} s  {b:8.4f} s  ratio {middle:.3f} [{low:.3f}, {high:.3f}]', flush=True)
+
+
+def make_step(phase: str, device: torch.device, batch: int = 256) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18', num_classes=1000).to(device)
+    task: ClassificationTask
+    if phase == 'DG':
+        task = ClassificationTask(model, device=device, verbose=False)
+    else:
+        task = GenerativeTask(model, phase=phase, device=device, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(1000, (batch,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+            loss = task(x, y)['loss']
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_memory(phase: str, device: torch.device) -> float:
+    """MiB: of the allocator on a GPU, resident set of a fresh process on the CPU."""
+    if device.type == 'cuda':
+        step = make_step(phase, device)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    context = mp.get_context('spawn')
+    queue = context.SimpleQueue()
+    process = context.Process(target=_resident, args=(phase, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def _resident(phase: str, queue) -> None:
+    import resource
+
+    torch.set_num_threads(1)
+    step = make_step(phase, torch.device('cpu'))
+    step(), step()
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def bench_step(device: torch.device) -> None:
+    compare('step, generative / discriminative', make_step('GG', device), make_step('DG', device), 11, device)
+    a, b = peak_memory('GG', device), peak_memory('DG', device)
+    print(f'{"peak memory, generative / discriminative":46s} {a:8.1f} MiB {b:6.1f} MiB ratio {a / b:.3f}', flush=True)
+
+
+def bench_loop(device: torch.device) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(2048):
+            path = Path(folder, 'train', str(i % 10), f'{i}.png')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(path)
+        for phase in ('DG', 'GG'):
+            ours = _our_epoch(folder, phase, device)
+            name = f'epoch of 2048 images, gencnn train {phase} / timm DG'
+            compare(name, ours, _bare_epoch(folder, device), 9, device)
+
+
+def _our_epoch(folder: str, phase: str, device: torch.device) -> Callable[[], object]:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    flags = f'--model lenet -b 64 -j 0 --lr 0.001 --phase {phase} --device {device} --smoothing 0 --epochs 100'
+    flags += f' --data-dir {folder} --val-split= --output {folder}/out'
+    args = parser.parse_args(flags.split())
+    train.check_arguments(args)
+    trainer = train.Trainer(args, train.utils.init_distributed_device(args))
+    return lambda: trainer.train_one_epoch(0)
+
+
+def _bare_epoch(folder: str, device: torch.device) -> Callable[[], None]:
+    dataset = create_dataset('', root=folder, split='train', input_img_mode='L')
+    loader = create_loader(
+        dataset, (1, 28, 28), 64, is_training=True, interpolation='random', mean=(0.1307,), std=(0.3081,),
+        num_workers=0, device=device,
+    )  # fmt: skip
+    model = timm.create_model('lenet').to(device)
+    task = ClassificationTask(model, device=device, verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+
+    def epoch() -> None:
+        task.train()
+        for x, y in loader:
+            task(x, y)['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store{world}', rank=rank, world_size=world)
+    n = 256
+    for classes in (1000, 21_841):
+        logits = torch.randn(n, classes, requires_grad=True)
+
+        def reduce(logits=logits) -> torch.Tensor:
+            return log_mean_exp(logits, distributed=True)
+
+        def gather(logits=logits) -> torch.Tensor:
+            return log_mean_exp(_AllGather.apply(logits))
+
+        times: dict[str, list[float]] = {'reduce': [], 'gather': []}
+        for _ in range(4):
+            for name, f in (('reduce', reduce), ('gather', gather)):
+                dist.barrier()
+                start = time.perf_counter()
+                torch.autograd.grad(f().sum(), logits)
+                times[name].append(time.perf_counter() - start)
+        if rank == 0:
+            a, b = (min(t) for t in times.values())
+            sent = 4 * 3 * classes / 1e6, 4 * n * classes * world * 2 / 1e6
+            name = f'{world} ranks x {n} images, C = {classes}: O(C) / all-gather'
+            print(f'{name:54s} {1e3 * a:8.1f} ms {1e3 * b:8.1f} ms ratio {a / b:.3f}', end='')
+            print(f'  ({sent[0]:.2f} against {sent[1]:.0f} MB a rank)', flush=True)
+    dist.destroy_process_group()
+
+
+def bench_ranks() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (2, 4):
+            mp.start_processes(_rank, args=(world, folder), nprocs=world, start_method='fork')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('parts', nargs='*', default=['step', 'loop', 'ranks'])
+    parser.add_argument('--device', default='cpu')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    print(f'torch {torch.__version__}, timm {timm.__version__}, {device}, 1 thread; columns: ours, theirs', flush=True)
+    if 'ranks' in args.parts:  # forks, so before anything else runs
+        bench_ranks()
+    if 'step' in args.parts:
+        bench_step(device)
+    if 'loop' in args.parts:
+        bench_loop(device)
