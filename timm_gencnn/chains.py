@@ -31,6 +31,7 @@ class Trace(NamedTuple):
         acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; in the gallery regime, where
             nothing is rejected, what it would have been.
         step_size: Step size at the end [n], radians.
+        tilt: Factor on the score at the end [n].
         energy_error: Mean |dH| of the kept transitions [n].
         divergences: Divergent or non-finite proposals per chain [n].
         gradients: Image gradients per chain.
@@ -40,6 +41,7 @@ class Trace(NamedTuple):
     scores: Tensor
     acceptance: Tensor
     step_size: Tensor
+    tilt: Tensor
     energy_error: Tensor
     divergences: Tensor
     gradients: int
@@ -60,13 +62,14 @@ class _Tally:
         self.divergences += info.diverged
         self.scores.append(state.score)
 
-    def trace(self, state: hmc.State, step_size: Tensor, gradients: int) -> Trace:
+    def trace(self, state: hmc.State, step_size: Tensor, tilt: Tensor, gradients: int) -> Trace:
         kept = len(self.scores)
         return Trace(
             state.z,
             torch.stack(self.scores),
             self.acceptance / kept,
             step_size,
+            tilt,
             self.energy_error / kept,
             self.divergences,
             gradients,
@@ -169,26 +172,32 @@ def sample_exact(
             tally.add(state, info)
         if report:
             report(1 + (i + 1) * n_leapfrog, state, info.acceptance)
-    return tally.trace(state, step_size, 1 + iterations * n_leapfrog)
+    return tally.trace(state, step_size, torch.full_like(step_size, tilt), 1 + iterations * n_leapfrog)
 
 
 class Schedule(NamedTuple):
     """Shape of a gallery run; every default was chosen by measurement (tests/benchmarks/bench_pictures.py).
 
     Attributes:
+        strength: Size of the latents that the score asks for, per coordinate and relative to the reference's own: the
+            automatic tilt of a chain is strength / RMS(grad f), the scale-free choice, since z = tilt · grad f where
+            the density peaks.
         move: Scale of a kick along the score's gradient, in latent units.
         persistence: Share of the momentum kept from step to step.
         heat: Share of the budget over which the tilt rises geometrically to its final value.
         start: Tilt at the start relative to the final one.
+        hot: Temperature at the start relative to the final one, reached geometrically over the same share.
         ramp_up: Share of the budget over which `move` rises linearly at the start.
         ramp_down: Share of the budget over which it falls at the end.
         shift: Largest circular shift, as a share of the image side, at which the score sees the image.
     """
 
+    strength: float = 1.0
     move: float = 0.01
     persistence: float = 0.9
     heat: float = 0.6
     start: float = 0.1
+    hot: float = 1.0
     ramp_up: float = 0.1
     ramp_down: float = 0.3
     shift: float = 0.05
@@ -196,6 +205,10 @@ class Schedule(NamedTuple):
     def tilt(self, done: float) -> float:
         """Relative tilt in (0, 1] when the share `done` in [0, 1] of the budget is spent."""
         return self.start ** max(0.0, 1 - done / self.heat)
+
+    def temperature(self, done: float) -> float:
+        """Relative temperature, 1 at the end."""
+        return self.hot ** max(0.0, 1 - done / self.heat)
 
     def pace(self, done: float) -> float:
         """Relative size of the moves in (0, 1]."""
@@ -208,7 +221,7 @@ def sample_gallery(
     streams: hmc.Streams,
     steps: int,
     temperature: float,
-    tilt: float,
+    tilt: float | None = None,
     schedule: Schedule = Schedule(),  # noqa: B008, an immutable tuple
     report: Report | None = None,
 ) -> Trace:
@@ -224,7 +237,7 @@ def sample_gallery(
         streams: Random streams of the chains.
         steps: Budget of gradients per chain.
         temperature: T > 0.
-        tilt: Final factor on the score, > 0.
+        tilt: Final factor on the score, > 0; None takes each chain's automatic one (see `Schedule.strength`).
         schedule: Shape of the run.
         report: Progress callback.
 
@@ -243,21 +256,20 @@ def sample_gallery(
 
     rms = _rms(state.grad)
     tally = _Tally(state.score)
-    eps = torch.zeros_like(rms)
     for i in range(1, steps):
         done = i / steps
-        strength = tilt * schedule.tilt(done)
-        eps = (schedule.move * schedule.pace(done) / (strength * rms.clamp(min=1e-12))).sqrt().clamp(max=0.5)
-        state, info = hmc.step(
-            state, shifted, streams, eps, 1, temperature, strength, schedule.persistence, adjust=False
-        )
+        final = schedule.strength / rms if tilt is None else torch.full_like(rms, tilt)
+        now = final * schedule.tilt(done)
+        eps = (schedule.move * schedule.pace(done) / (now * rms)).sqrt().clamp(max=0.5)
+        heat = temperature * schedule.temperature(done)
+        state, info = hmc.step(state, shifted, streams, eps, 1, heat, now, schedule.persistence, adjust=False)
         rms = 0.95 * rms + 0.05 * _rms(state.grad)
         tally.add(state, info)
         if report:
             report(i + 1, state, info.acceptance)
-    return tally.trace(state, eps, steps)
+    return tally.trace(state, eps, final, steps)
 
 
 def _rms(grad: Tensor) -> Tensor:
-    """Root mean square of each chain's gradient [n]."""
-    return grad.flatten(1).square().mean(1).sqrt().double()
+    """Root mean square of each chain's gradient [n], kept away from zero."""
+    return grad.flatten(1).square().mean(1).sqrt().double().clamp(min=1e-12)

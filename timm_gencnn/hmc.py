@@ -128,7 +128,12 @@ def refresh(state: State, streams: Streams, temperature: float = 1.0, persistenc
 
 
 def leapfrog(
-    state: State, score: Score, step_size: Tensor, n_leapfrog: int, tilt: float = 1.0, kick: Score | None = None
+    state: State,
+    score: Score,
+    step_size: Tensor,
+    n_leapfrog: int,
+    tilt: float | Tensor = 1.0,
+    kick: Score | None = None,
 ) -> State:
     """Integrates `n_leapfrog` steps: half kick, then rotations by the angle `step_size` with full kicks between.
 
@@ -149,7 +154,7 @@ def leapfrog(
     return State(z, p, f, grad)
 
 
-def hamiltonian(state: State, temperature: float = 1.0, tilt: float = 1.0) -> Tensor:
+def hamiltonian(state: State, temperature: float = 1.0, tilt: float | Tensor = 1.0) -> Tensor:
     """H(z, p) [n] in float64: at 3x224x224 the quadratic terms are about 150,000, beyond float32's resolution."""
     z2, p2 = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=torch.float64).square() for v in (state.z, state.p))
     return ((z2 + p2) / 2 - tilt * state.score.double()) / temperature
@@ -162,7 +167,7 @@ def step(
     step_size: Tensor,
     n_leapfrog: int,
     temperature: float = 1.0,
-    tilt: float = 1.0,
+    tilt: float | Tensor = 1.0,
     persistence: float = 0.0,
     adjust: bool = True,
     kick: Score | None = None,
@@ -180,7 +185,7 @@ def step(
         step_size: Rotation angle per chain [n], in radians; pi/2 turns a whole quarter period.
         n_leapfrog: Gradients per trajectory, at least 1.
         temperature: T > 0.
-        tilt: Factor on the score.
+        tilt: Factor on the score, one for all chains or one each [n].
         persistence: Share of the momentum kept, in [0, 1).
         adjust: Whether to apply the Metropolis test.
         kick: A cheaper score for the kicks inside the trajectory (see `leapfrog`).

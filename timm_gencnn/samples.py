@@ -55,8 +55,8 @@ class Samples:
         nodes: Canonical name of each node.
         settings: What determines the pixels: model, nodes, n, steps, reference, temperature, tilt, size, seed, regime
             and versions.
-        diagnostics: `score`, `acceptance`, `step_size`, `energy_error` and `divergences` per image; `r_hat` and `ess`
-            (bulk, of the score) of the worst node, `gradients` per chain and `seconds`.
+        diagnostics: `score`, `acceptance`, `tilt`, `step_size`, `energy_error` and `divergences` per image; `r_hat` and
+            `ess` (bulk, of the score) of the worst node, `gradients` per chain and `seconds`.
         trace: Score of every kept draw [draws, N].
         frames: Images of the run at regular intervals [F, N, 3, H, W], if they were asked for.
     """

@@ -23,7 +23,6 @@ from .reference import Natural, Reference, White
 from .samples import Samples, read_metadata, to_rgb
 
 GALLERY_TEMPERATURE = 0.02
-GALLERY_TILT = 20.0
 PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
 
 
@@ -58,8 +57,9 @@ def visualize(
         n: Images per node, at least 1; each is a chain of its own.
         steps: Budget of image gradients per chain.
         reference: `'natural'`, `'white'` or an object like those of `timm_gencnn.reference`.
-        temperature: T > 0; None is the gallery default unless `tilt` is 1, then 1.
-        tilt: Factor on the score, > 0; None is the gallery default unless `temperature` is 1, then 1.
+        temperature: T > 0; None is the gallery default.
+        tilt: Factor on the score, > 0; None is 1 at `temperature=1`, else automatic: each chain's is the one at which
+            the score asks for images as far from the mean as the reference's own (`diagnostics['tilt']` has them).
         size: Image side or (height, width) in pixels; None is the model's own.
         seed: Non-negative integer; the same seed gives the same pixels on the same machine.
         device: Where to run; None is where the model is.
@@ -119,13 +119,13 @@ def visualize(
     return Samples(images, score.names, settings, diagnosed, trace, film)
 
 
-def _regime(temperature: float | None, tilt: float | None) -> tuple[float, float]:
-    """The measured gallery defaults, or the model itself where one of the two is 1 and the other is not given."""
+def _regime(temperature: float | None, tilt: float | None) -> tuple[float, float | None]:
+    """The measured gallery defaults (tilt None is automatic); T = 1 alone means the model itself."""
     if temperature is None:
-        temperature = 1.0 if tilt == 1 else GALLERY_TEMPERATURE
-    if tilt is None:
-        tilt = 1.0 if temperature == 1 else GALLERY_TILT
-    return float(temperature), float(tilt)
+        temperature = GALLERY_TEMPERATURE
+    if tilt is None and temperature == 1:
+        tilt = 1.0
+    return temperature, tilt
 
 
 def _check(**values: Any) -> None:
@@ -134,8 +134,9 @@ def _check(**values: Any) -> None:
         if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < low:
             raise ValueError(f'{name} must be an integer >= {low}, got {values[name]!r}')
     for name in 'temperature', 'tilt':
-        if not (math.isfinite(values[name]) and values[name] > 0):
-            raise ValueError(f'{name} must be a positive number, got {values[name]!r} (1 is the model itself)')
+        value = values[name]
+        if not (value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)):
+            raise ValueError(f'{name} must be a positive number, got {value!r} (1 is the model itself)')
 
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:
@@ -232,7 +233,7 @@ class _Run:
     n: int
     steps: int
     temperature: float
-    tilt: float
+    tilt: float | None
     seed: int
     device: torch.device
     dtype: torch.dtype | None
@@ -323,6 +324,7 @@ class _Run:
         per_image = {
             'score': join(lambda trace, final, *_: final).tolist(),
             'acceptance': join(lambda trace, *_: trace.acceptance).tolist(),
+            'tilt': join(lambda trace, *_: trace.tilt).tolist(),
             'step_size': join(lambda trace, *_: trace.step_size).tolist(),
             'energy_error': join(lambda trace, *_: trace.energy_error).tolist(),
             'divergences': join(lambda trace, *_: trace.divergences).tolist(),

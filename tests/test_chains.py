@@ -1,0 +1,137 @@
+"""The two regimes: the exact one against known laws, the gallery one for its bookkeeping."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from timm_gencnn import chains, diagnostics, hmc
+
+SHAPE = (1, 6, 6)
+A = torch.linspace(-1, 1, 36, dtype=torch.float32).view(SHAPE)
+
+
+def linear(z):
+    return (A * z).sum((1, 2, 3))
+
+
+def begin(score, n, seed=0, temperature=1.0, **kwargs):
+    streams = hmc.Streams(seed, range(n))
+    state, spent = chains.start(score, SHAPE, streams, temperature, **kwargs)
+    return state, streams, spent
+
+
+def test_exact_chains_have_the_mean_and_spread_of_the_linear_case():
+    """exp(<a, z>) N(0, I) = N(a, I), so f ~ N(|a|², |a|²)."""
+    state, streams, _ = begin(linear, 200)
+    trace = chains.sample_exact(linear, state, streams, steps=400)
+    norm2 = A.square().sum().item()
+    draws = trace.scores.double()
+    error = math.sqrt(norm2 / diagnostics.ess(draws))
+    assert abs(draws.mean().item() - norm2) < 4 * error
+    assert abs(draws.var().item() / norm2 - 1) < 0.1
+    assert stats.kstest(trace.scores[-1].numpy(), 'norm', (norm2, math.sqrt(norm2))).pvalue > 1e-3
+    assert stats.kstest(trace.scores[-1].numpy(), 'norm', (0.0, math.sqrt(norm2))).pvalue < 1e-3  # the reference's law
+    assert diagnostics.r_hat(draws) < 1.01
+
+
+@pytest.mark.parametrize('steps', [65, 100, 257])
+def test_exact_regime_keeps_to_its_budget(steps):
+    calls = 0
+
+    def score(z):
+        nonlocal calls
+        calls += 1
+        return linear(z)
+
+    state, streams, spent = begin(score, 3)
+    trace = chains.sample_exact(score, state, streams, steps)
+    assert calls == trace.gradients <= steps
+    assert trace.gradients > steps - 8
+    assert spent == 1
+
+
+def test_step_size_is_frozen_after_warm_up():
+    """The adapted step sizes of the kept half are one and the same, and differ between chains."""
+    curved = lambda z: -(z**4).sum((1, 2, 3)) * 20  # noqa: E731
+    seen = []
+    original = hmc.step
+
+    def spy(state, score, streams, step_size, *args, **kwargs):
+        seen.append(step_size.clone())
+        return original(state, score, streams, step_size, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hmc, 'step', spy)
+        state, streams, _ = begin(curved, 4)
+        chains.sample_exact(curved, state, streams, steps=401)
+    warmup, kept = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert all(torch.equal(s, kept[0]) for s in kept)
+    assert len({tuple(s.tolist()) for s in warmup}) > 10
+    assert len(set(kept[0].tolist())) == 4
+
+
+@pytest.mark.parametrize('steps', [8, 50])
+def test_gallery_spends_exactly_its_budget_and_raises_the_score(steps):
+    calls = 0
+
+    def score(z):
+        nonlocal calls
+        calls += 1
+        return linear(z)
+
+    state, streams, _ = begin(score, 3, temperature=0.02)
+    start = state.score
+    trace = chains.sample_gallery(score, state, streams, steps, temperature=0.02)
+    assert calls == trace.gradients == steps
+    assert trace.scores.shape == (steps - 1, 3)
+    assert (linear(trace.z) > start).all()
+
+
+def test_gallery_does_not_depend_on_the_scale_of_the_score():
+    """Class logits and hidden units differ by orders of magnitude; the pictures must not."""
+    ends = []
+    for factor in (1.0, 1024.0):  # a power of two, so that float arithmetic is the same
+        score = lambda z, c=factor: c * linear(z)  # noqa: E731
+        state, streams, _ = begin(score, 2, temperature=0.02)
+        ends.append(chains.sample_gallery(score, state, streams, 60, temperature=0.02).z)
+    assert torch.allclose(*ends, atol=1e-4)
+
+
+def test_gallery_chains_do_not_depend_on_their_batch():
+    state, streams, _ = begin(linear, 3, temperature=0.02)
+    together = chains.sample_gallery(linear, state, streams, 40, temperature=0.02).z
+    streams = hmc.Streams(0, [2])
+    state, _ = chains.start(linear, SHAPE, streams, 0.02)
+    alone = chains.sample_gallery(linear, state, streams, 40, temperature=0.02).z
+    assert torch.allclose(together[2:], alone, atol=1e-5)
+    assert not torch.allclose(together[:1], alone, atol=1e-2)
+
+
+def test_dead_start_warns_and_moves_on():
+    """A unit that is off near grey but on elsewhere in the reference: only the restart finds it."""
+    score = lambda z: torch.relu(z[:, 0, 0, 0].abs() - 0.6)  # noqa: E731
+    streams = hmc.Streams(0, range(8))
+    with pytest.warns(UserWarning, match='dead unit'):
+        state, spent = chains.start(score, SHAPE, streams, temperature=1e-4, tries=30)
+    assert spent > 1
+    assert (state.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_a_unit_dead_everywhere_is_refused():
+    score = lambda z: torch.relu(z.sum((1, 2, 3)) - 1e4)  # noqa: E731
+    with pytest.warns(UserWarning, match='dead unit'), pytest.raises(ValueError, match='dead on the reference'):
+        begin(score, 2)
+
+
+def test_a_score_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match='not finite'):
+        begin(lambda z: linear(z) * torch.nan, 2)
+
+
+@pytest.mark.parametrize(('sampler', 'steps'), [(chains.sample_exact, 40), (chains.sample_gallery, 7)])
+def test_a_budget_that_is_too_small_is_refused(sampler, steps):
+    state, streams, _ = begin(linear, 2)
+    with pytest.raises(ValueError, match=f'steps={steps} is too small'):
+        sampler(linear, state, streams, steps, temperature=1.0)
