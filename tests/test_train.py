@@ -322,7 +322,7 @@ def test_two_ranks(images, tmp_path, unused_port):
     mp.start_processes(run_rank, args=(argv, unused_port), nprocs=2, start_method='fork', join=True)
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [row['train_phase'] for row in rows] == ['GG', 'GG', 'DG', 'DG']  # written once, by the first rank
-    assert float(rows[-1]['eval_loss']) < 1.0 < float(rows[0]['eval_loss']) + 0.1  # log 3 = 1.1 is chance
+    assert float(rows[-1]['eval_loss']) < 0.9  # log 3 = 1.1 is chance
     state = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)
     assert 'conv1.weight' in state['state_dict']
     assert state['task_state']['class_counts'].sum() == 8  # the batch of both ranks at the first record

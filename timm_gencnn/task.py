@@ -43,7 +43,7 @@ class GenerativeTask(ClassificationTask):
         criterion_kwargs: Arguments of timm's create_classification_loss.
         phase: 'DG', 'GG' or 'GG+DG'.
         gen_steps: GG+DG switches after this many training steps (calls of forward).
-        switch_ess: GG+DG switches when the smoothed effective sample size, in images, has fallen to this number; or
+        switch_ess: GG+DG switches when the smoothed effective sample size, in images of all ranks, has fallen to this; or
             'plateau': when it has not fallen by 1 % for 1000 steps. The mean over the classes counts.
         hybrid: Weight h in [0, 1) of the discriminative loss in the generative phase: (1 - h) GG + h DG. With h > 0 the
             discriminative part learns the biases, so no intercepts are added.
@@ -52,7 +52,8 @@ class GenerativeTask(ClassificationTask):
             queue is long. Needs a small learning rate.
         running_log_z: Weigh the images of a batch by exp(f_y - running log Z_y) / n instead of by a softmax over the
             batch, as SogCLR does. Biased by the lag of the running mean, less biased than a small batch.
-        momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1].
+        momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1]; the first 1/momentum batches
+            weigh the same.
         on_switch: Called without arguments after the switch, for example to restart a learning-rate schedule.
         device, dtype, verbose: As in timm's ClassificationTask.
 
@@ -151,17 +152,21 @@ class GenerativeTask(ClassificationTask):
     # Running estimates
 
     def _update_log_z(self, new: Tensor | None) -> None:
-        """Z_y <- (1 - momentum) Z_y + momentum (this batch's Z_y)."""
-        if self.log_z is None or new is None or self.momentum == 1:
+        """Z_y <- (1 - rate) Z_y + rate (this batch's Z_y)."""
+        if self.log_z is None or new is None or self._rate == 1:
             self.log_z = new
         else:
-            self.log_z = torch.logaddexp(self.log_z + math.log1p(-self.momentum), new + math.log(self.momentum))
+            self.log_z = torch.logaddexp(self.log_z + math.log1p(-self._rate), new + math.log(self._rate))
+
+    @property
+    def _rate(self) -> float:
+        return max(self.momentum, 1 / (self.steps + 1))
 
     @torch.no_grad()
     def _track(self, logits: Tensor, target: Tensor) -> None:
         """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records."""
         ess_ = ess(logits)
-        self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, self.momentum)
+        self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, self._rate)
         classes = logits.shape[1]
         counts = target.sum(0) if target.is_floating_point() else torch.bincount(target, minlength=classes)
         self._new_counts = counts.float() if self._new_counts is None else self._new_counts + counts
