@@ -1,0 +1,458 @@
+"""Many nodes on one HTML page: `gallery(model, nodes, out)`, and the `gencnn gallery` command.
+
+A folder holds `images/`, one PNG per finished node with its settings in its metadata, and `index.html`, one file with
+all pictures inside (WebP, decoded by the browser only near the screen), which keeps working wherever it is copied.
+The PNGs are the only state: what is finished is read back from them, so a run that was killed goes on where it was.
+
+Every node is a `visualize` call of its own with the gallery's seed. Its pixels therefore depend on nothing but itself
+(random streams, and the rounding of a batched forward pass, depend on what else shares a batch), are those of
+`gencnn visualize` for the same node, and all nodes start from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import inspect
+import io
+import json
+import math
+import re
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .nodes import expand, resolve
+from .samples import read_metadata, write_atomically
+from .visualize import _check, _describe, _regime, load_model, make_reference, visualize
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TEMPLATE = Path(__file__).with_name('gallery.html')
+PADDING = 2  # pixels between the images of a sheet, as `Samples.save` lays it out
+LONGEST_SIDE = 720  # pixels of an embedded sheet: about 40 kB of WebP, 100 MB for 2,000 nodes
+LOSSLESS_SIDE = 256  # below it, lossy compression would show
+PAGE_INTERVAL = 10.0  # seconds between two writes of the page
+PAGE_SHARE = 0.05  # of the time may go into writing the page
+
+
+def gallery(
+    model: str | nn.Module,
+    nodes: str | int | Iterable[str | int],
+    out: str | Path,
+    *,
+    n: int = 4,
+    overwrite: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Path:
+    """Draws many nodes of a network into one HTML page.
+
+    A node that is already in `out` with the same weights and settings is kept, so that a run that was interrupted or
+    killed goes on where it was. A node that cannot be drawn is recorded on the page and does not stop the others.
+
+    Args:
+        model: A name for `timm.create_model` or any module in eval mode that takes images [N, C, H, W].
+        nodes: Nodes and patterns: `'layer3.*:0-15'`, `'conv1:*'`, `'0-9'`, `207`, `'goldfish'` (see
+            `timm_gencnn.nodes.expand`).
+        out: Folder for `index.html` and `images/`, made if it does not exist.
+        n: Images per node.
+        overwrite: Whether to draw nodes again that `out` has with other settings or weights, instead of refusing.
+        progress: Whether to show a progress bar over nodes.
+        **settings: Keywords of `visualize`: steps, reference, temperature, tilt, size, seed, device, dtype.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: A pattern matches nothing, a setting is out of range, `out` holds nodes with other settings, or no
+            node could be drawn.
+        OSError: `out` cannot be written. What was finished is kept.
+    """
+    name = model if isinstance(model, str) else _describe(model)
+    net = load_model(model) if isinstance(model, str) else model
+    bound = inspect.signature(visualize).bind(net, '', n=n, progress=False, **settings)
+    bound.apply_defaults()
+    settings = {k: v for k, v in bound.arguments.items() if k not in ('model', 'node')}
+    _check_settings(net, settings)
+    wanted = _expand(net, nodes, settings['size'])
+    room = _Folder(Path(out), name, wanted, _request(net, settings))
+    room.open(overwrite)
+    room.draw(net, settings, progress)
+    if not any(entry.image for entry in room.entries.values()):
+        node, entry = next(iter(room.entries.items()))
+        raise ValueError(f'none of {len(wanted)} node(s) could be drawn, see {room.page}; {node!r}: {entry.error}')
+    return room.page
+
+
+def _check_settings(net: nn.Module, settings: dict[str, Any]) -> None:
+    """Refuses, before any node is tried, what every node would refuse."""
+    temperature, tilt = _regime(settings['temperature'], settings['tilt'])
+    numbers = {k: settings[k] for k in ('n', 'steps', 'seed', 'frames')}
+    _check(**numbers, temperature=temperature, tilt=tilt)
+    sides = (settings['size'],) * 2 if isinstance(settings['size'], int) else settings['size']
+    score = resolve(net, lambda images: images.flatten(1).sum(1), size=sides)
+    make_reference(settings['reference'], net, score.in_chans, score.size, torch.device('cpu'))
+
+
+def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: Any) -> list[str]:
+    """Names of all nodes asked for, each once, in order."""
+    given = [nodes] if isinstance(nodes, (str, int)) else list(nodes)
+    sides = (size, size) if isinstance(size, int) else size
+    names: dict[str, None] = {}
+    for node in given:
+        if not isinstance(node, (str, int)) or isinstance(node, bool):
+            raise ValueError(f'{node!r} has no name to find it by: a gallery takes strings and indices, visualize more')
+        names |= dict.fromkeys(expand(net, str(node), size=sides))
+    if not names:
+        raise ValueError('no nodes given: name at least one')
+    return list(names)
+
+
+def _request(net: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a finished node must have in common with the run: all that determines pixels, but not where they are made."""
+    request = {k: v for k, v in settings.items() if k not in ('device', 'progress', 'frames')}
+    if isinstance(request['size'], int):
+        request['size'] = [request['size']] * 2
+    if not isinstance(request['reference'], str):
+        request['reference'] = request['reference'].settings()
+    request['dtype'] = request['dtype'] and str(request['dtype']).removeprefix('torch.')
+    return json.loads(json.dumps(request | {'weights': fingerprint(net)}))
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A digest of a network's state dict: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A node on the page.
+
+    Attributes:
+        node: Canonical name.
+        image: Data URI of its sheet of images, or '' if it could not be drawn.
+        size: Width and height of that sheet in pixels.
+        file: Name of the PNG.
+        metadata: What `Samples.save` put into the PNG.
+        error: Why it could not be drawn.
+    """
+
+    node: str
+    image: str = ''
+    size: tuple[int, int] = (0, 0)
+    file: str = ''
+    metadata: dict[str, Any] = field(default_factory=dict)
+    error: str = ''
+
+
+def read_entry(path: Path) -> Entry:
+    """The entry of a finished node, from its PNG.
+
+    Raises:
+        ValueError: The file does not exist or was not written by `Samples.save`.
+    """
+    from PIL import Image
+
+    metadata = read_metadata(path)
+    with Image.open(path) as image:
+        sheet = _frame(image.convert('RGB'), metadata['settings'])
+    lossless = max(sheet.size) <= LOSSLESS_SIDE
+    sheet.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    sheet.save(buffer, 'WEBP', lossless=lossless, quality=80, method=2)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Entry(metadata['nodes'][0], f'data:image/webp;base64,{data}', sheet.size, path.name, metadata)
+
+
+def _frame(sheet: Image.Image, settings: dict[str, Any]) -> Image.Image:
+    """The sheet with the gaps between its images transparent, so that it suits a dark page as well as a light one."""
+    from PIL import Image
+
+    n, (height, width) = settings['n'], settings['size']
+    if n == 1:
+        return sheet
+    mask = Image.new('L', sheet.size)
+    columns = math.ceil(math.sqrt(n))
+    for i in range(n):
+        row, column = divmod(i, columns)
+        x, y = PADDING + column * (width + PADDING), PADDING + row * (height + PADDING)
+        mask.paste(255, (x, y, x + width, y + height))
+    sheet.putalpha(mask)
+    return sheet.crop((PADDING, PADDING, sheet.width - PADDING, sheet.height - PADDING))
+
+
+def file_name(node: str) -> str:
+    """Name of a node's PNG, safe on every file system and different for different nodes."""
+    readable = re.sub(r'[^\w.@-]+', '_', node, flags=re.ASCII)[:80]
+    return f'{readable}-{hashlib.sha256(node.encode()).hexdigest()[:8]}.png'
+
+
+@dataclass
+class _Folder:
+    """A gallery's folder: which of the nodes wanted are finished, and the page that shows them."""
+
+    out: Path
+    model: str
+    wanted: list[str]
+    request: dict[str, Any]
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.page = self.out / 'index.html'
+        self.images = self.out / 'images'
+        self.written, self.took = -math.inf, 0.0
+
+    def open(self, overwrite: bool) -> None:
+        """Reads what is finished, and writes a first page, so that a folder that cannot be written is found at once."""
+        others = []
+        for node in self.wanted:
+            try:
+                entry = read_entry(self.images / file_name(node))
+            except ValueError:  # not there, or damaged: drawn again
+                continue
+            old = entry.metadata['settings'].get('request', {})
+            if old == self.request:
+                self.entries[node] = entry
+            else:
+                others.append((node, old))
+        if others and not overwrite:
+            node, old = others[0]
+            changed = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in self.request.items() if old.get(k) != v)
+            raise ValueError(
+                f'{str(self.out)!r} holds {len(others)} of these nodes with other settings ({node}: {changed}): '
+                'choose another folder, or overwrite them (--overwrite)'
+            )
+        self.images.mkdir(parents=True, exist_ok=True)
+        for leftover in self.images.glob('.*.partial'):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        self.write_page()
+
+    def draw(self, net: nn.Module, settings: dict[str, Any], progress: bool) -> None:
+        """Draws what is missing. Ctrl-C and a full disk leave a page of what was finished."""
+        from tqdm.auto import tqdm
+
+        missing = [node for node in self.wanted if node not in self.entries]
+        done = len(self.wanted) - len(missing)
+        try:
+            try:
+                with tqdm(missing, total=len(self.wanted), initial=done, unit='node', disable=not progress) as bar:
+                    for node in bar:
+                        bar.set_postfix_str(node)
+                        self.entries[node] = self.draw_one(net, node, settings)
+                        if time.monotonic() - self.written > max(PAGE_INTERVAL, self.took / PAGE_SHARE):
+                            self.write_page()
+            finally:
+                self.write_page()
+        except OSError as e:
+            finished = sum(bool(entry.image) for entry in self.entries.values())
+            raise OSError(
+                f'cannot write to {str(self.out)!r} ({e.strerror or e}): {finished} of {len(self.wanted)} nodes are '
+                'finished and kept, run the same command again to go on'
+            ) from e
+
+    def draw_one(self, net: nn.Module, node: str, settings: dict[str, Any]) -> Entry:
+        """Draws one node and saves it, or says why not."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            try:
+                samples = visualize(net, node, **settings)
+            except Exception as e:  # whatever a foreign network raises concerns this node only
+                text = str(e).strip() or 'no message'
+                return Entry(node, error=text if isinstance(e, ValueError) else f'{type(e).__name__}: {text}')
+        samples.settings |= {
+            'model': self.model,
+            'notes': samples.settings['notes'] + [str(w.message) for w in caught if w.category is UserWarning],
+            'request': self.request,
+        }
+        return read_entry(samples.save(self.images / file_name(node)))
+
+    def write_page(self) -> None:
+        """Writes the page of all nodes known so far, in the order asked for."""
+        began = time.monotonic()
+        known = [self.entries[node] for node in self.wanted if node in self.entries]
+        write_atomically(self.page, render(self.model, known, len(self.wanted)).encode())
+        self.written = time.monotonic()
+        self.took = self.written - began
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def render(model: str, entries: Sequence[Entry], total: int | None = None) -> str:
+    """The HTML page of some entries: one file that asks nothing of the network.
+
+    Args:
+        model: The network's name.
+        entries: Nodes in the order of the page.
+        total: Number of nodes that were asked for, if some are still missing.
+    """
+    template = TEMPLATE.read_text(encoding='utf-8')
+    script = re.search(r'<script>(.*?)</script>', template, re.DOTALL)
+    assert script is not None
+    groups: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[_group(entry.node)].append(entry)
+    drawn = sum(bool(entry.image) for entry in entries)
+    missing = (total or len(entries)) - len(entries)
+    counts = [f'{drawn:,} drawn']
+    counts += [f'{len(entries) - drawn:,} failed'] if drawn < len(entries) else []
+    counts += [f'{missing:,} still missing: run the same command again to go on'] if missing else []
+    values = {
+        'hash': base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode(),
+        'model': html.escape(model),
+        'counts': ' · '.join(counts),
+        'common': html.escape(_common([entry for entry in entries if entry.image])),
+        'sections': '\n'.join(_section(name, members) for name, members in groups.items()),
+    }
+    return re.sub(r'\{\{(\w+)\}\}', lambda match: values[match[1]], template)
+
+
+def _group(node: str) -> str:
+    """The heading under which a node stands: its layer, or what else it is."""
+    if match := re.fullmatch(r'(\S+):(?:axis\d+=)?\d+(?:@[\d,]+)?', node):
+        return match[1]
+    return 'Weighted sums' if re.search(r' [+-] |\*', node) else 'Classes'
+
+
+def _common(drawn: Sequence[Entry]) -> str:
+    """Settings in plain words, where all nodes share them."""
+    shown = [_settings(entry.metadata) for entry in drawn]
+    return ' · '.join(
+        f'{label} {value}'
+        for label, value in (shown[0].items() if shown else ())
+        if label in ('images', 'gradients', 'reference', 'temperature', 'seed')
+        and all(s[label] == value for s in shown)
+    )
+
+
+def _section(name: str, members: Sequence[Entry]) -> str:
+    cards = '\n'.join(map(_card, members))
+    count = f'{len(members)} node{"s" * (len(members) > 1)}'
+    return f'<section><h2>{html.escape(name)} <small>{count}</small></h2>\n<ul>\n{cards}\n</ul></section>'
+
+
+def _card(entry: Entry) -> str:
+    """One node: a button with what one sees, and the data that it shows when it is opened, which wait as text."""
+    name = html.escape(entry.node)
+    if entry.image:
+        scores = entry.metadata['diagnostics']['score']
+        mean = _number(sum(scores) / len(scores))
+        verdict, kind = entry.metadata['verdict'], _kind(entry.metadata)
+        width, height = entry.size
+        alt = html.escape(f'{len(scores)} images drawn for {entry.node}, mean score {mean}')
+        small = ' class="small"' * (max(entry.size) <= LOSSLESS_SIDE)
+        figure = f'<img{small} alt="{alt}" width="{width}" height="{height}">'
+        score = f'<span class="score">score {mean}</span>'
+        data = {'image': entry.image, 'rows': _rows(entry)}
+    else:
+        verdict, kind, figure, score = entry.error, 'failed', '<span class="none">not drawn</span>', ''
+        data = {'rows': [['Error', entry.error]]}
+    text = html.escape(f'{entry.node} {kind} {verdict}'.lower())
+    blob = json.dumps(data).replace('<', '\\u003c')
+    return (
+        f'<li><button class="card {kind}" data-node="{name}" data-text="{text}">{figure}'
+        f'<span class="name">{name}</span>{score}<span class="verdict">{html.escape(verdict)}</span></button>'
+        f'<script type="application/json">{blob}</script></li>'
+    )
+
+
+def _kind(metadata: dict[str, Any]) -> str:
+    if metadata['settings']['regime'] != 'exact':
+        return 'picture'
+    return 'converged' if ': converged' in metadata['verdict'] else 'unconverged'
+
+
+def _settings(metadata: dict[str, Any]) -> dict[str, str]:
+    """Settings of one node in plain words."""
+    s = metadata['settings']
+    height, width = s['size']
+    tilts = sorted(t for t in metadata['diagnostics']['tilt'] if t is not None)
+    return {
+        'images': f'{s["n"]} of {height} × {width} px',
+        'gradients': f'{metadata["diagnostics"]["gradients"]} per image',
+        'regime': s['regime'],
+        'reference': str(s['reference']),
+        'temperature': _number(s['temperature']),
+        'tilt': _number(s['tilt']) if s['tilt'] else f'automatic, {_number(tilts[0])} to {_number(tilts[-1])}',
+        'seed': str(s['seed']),
+        'versions': ', '.join(f'{k} {v}' for k, v in s['versions'].items()),
+    }
+
+
+def _rows(entry: Entry) -> list[list[str]]:
+    """Label and value of everything that is known of a node."""
+    d = entry.metadata['diagnostics']
+    mean = lambda values: _number(sum(values) / len(values))  # noqa: E731
+    rows = [
+        ['Verdict', entry.metadata['verdict']],
+        ['Scores', ', '.join(map(_number, d['score']))],
+        ['Acceptance', mean(d['acceptance']) + (' (would-be: nothing is rejected)' * (d['ess'] is None))],
+        ['Divergences', str(sum(d['divergences']))],
+        ['Step size', mean(d['step_size'])],
+        ['Energy error', mean([e for e in d['energy_error'] if e is not None] or [math.nan])],
+    ]
+    if d['ess'] is not None:
+        rows += [['ESS of the score', _number(d['ess'])], ['Split R-hat', f'{d["r_hat"]:.3f}']]
+    rows += [[label.capitalize(), value] for label, value in _settings(entry.metadata).items()]
+    rows += [['Note', note] for note in entry.metadata['settings']['notes']]
+    rows += [['Seconds', _number(d['seconds'])], ['Repeat it', f'gencnn visualize --like images/{entry.file}']]
+    return rows
+
+
+def _number(value: float | None) -> str:
+    """A number at three significant digits."""
+    if value is None or not math.isfinite(value):
+        return 'not finite'
+    return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `gencnn gallery`."""
+    parser.add_argument('model', help='a timm model name, hf-hub:USER/REPO or local-dir:FOLDER')
+    parser.add_argument(
+        '--nodes', nargs='+', action='extend', required=True, help="nodes and patterns: 'layer3.*:0-15', 0-9, goldfish"
+    )
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder of the page; a run there is taken up again')
+    parser.add_argument('--overwrite', action='store_true', help='draw nodes again that DIR has with other settings')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
+    parser.add_argument('-n', type=int, default=4, help='images per node (default: %(default)s)')
+    parser.add_argument('--steps', type=int, default=512, help='image gradients per image (default: %(default)s)')
+    parser.add_argument('--reference', default='natural', choices=['natural', 'white'])
+    parser.add_argument('--temperature', type=float, help='1 with --tilt 1: exact samples of the model')
+    parser.add_argument('--tilt', type=float, help='factor on the score')
+    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', help='cpu, cuda, mps (default: cuda if there is one)')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs `gencnn gallery`."""
+    model = load_model(args.model, checkpoint_path=args.checkpoint) if args.checkpoint else args.model
+    kwargs = {k: getattr(args, k) for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed')}
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    page = gallery(model, args.nodes, args.out, overwrite=args.overwrite, device=device, **kwargs)
+    print(f'wrote {page}')
