@@ -147,6 +147,17 @@ def test_pool_enters_the_softmax_only(logits, target):
     torch.testing.assert_close(each, together)
 
 
+def test_gradient_flows_into_the_pool(logits, target):
+    """Unlabeled images take their share of E_p[grad f]; the weights of each class's images sum to one over both."""
+    batch, pool = logits[:8].clone().requires_grad_(), logits[8:].clone().requires_grad_()
+    GenerativeLoss()(batch, target[:8], pool=pool).backward()
+    counts = torch.bincount(target[:8], minlength=C).double()
+    hot = nn.functional.one_hot(target[:8], C)
+    torch.testing.assert_close(pool.grad, counts * logits.softmax(0)[8:] / 8)
+    torch.testing.assert_close(batch.grad, (counts * logits.softmax(0)[:8] - hot) / 8)
+    torch.testing.assert_close(batch.grad.sum(0) + pool.grad.sum(0), torch.zeros(C, dtype=torch.float64))
+
+
 def test_detached_pool_shrinks_the_expected_gradient(logits, target):
     """The numerator keeps its gradient; of E_p[grad f] only the batch's share of the weights is left."""
     batch, queue = logits[:8].clone().requires_grad_(), logits[8:]

@@ -2,22 +2,25 @@
 
 import argparse
 import csv
+import importlib.machinery
 import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.utils.summary
 import torch
 import torch.multiprocessing as mp
 import yaml
 from PIL import Image
 
-from timm_gencnn import checkpoints, cli, train
+from timm_gencnn import checkpoints, cli, train, train_args
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
 from timm_gencnn.train_args import RECIPES, add_arguments
 
@@ -299,6 +302,38 @@ def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
         assert cli.main(flags(images, tmp_path, '--epochs', '1', *more)) == 0
         losses.append(list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]['train_loss'])
     assert losses[0] != losses[1]
+
+
+def fake_package(monkeypatch, name: str, **content) -> None:
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_wandb_and_tensorboard_when_installed(images, tmp_path, monkeypatch, capsys):
+    logged, scalars = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / 'run')
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            scalars.append((name, epoch))
+
+    wandb = {'init': lambda **kwargs: logged.append(kwargs['name']), 'log': logged.append}
+    fake_package(monkeypatch, 'wandb', **wandb)
+    fake_package(monkeypatch, 'tensorboard')
+    fake_package(monkeypatch, 'torch.utils.tensorboard', SummaryWriter=SummaryWriter)
+    monkeypatch.setattr(timm.utils.summary, 'wandb', sys.modules['wandb'], raising=False)
+    argv = flags(images, tmp_path, '--epochs', '2', '--log-wandb', '--log-tensorboard')
+    assert cli.main(argv) == 0
+    assert logged[0] == 'run'
+    assert [row['epoch'] for row in logged[1:]] == [0, 1]
+    assert {('loss', 0), ('ess', 1), ('eval_top1', 1)} <= set(scalars)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    monkeypatch.setattr(train_args, 'find_spec', lambda name: None)
+    assert '--log-wandb needs the package wandb' in failure(capsys, argv)
 
 
 def test_cached_images_give_the_same_run(images, tmp_path):
