@@ -25,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, script, train_data
+from .reference import natural_for
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
 from .train_args import add_arguments, check_arguments
@@ -71,6 +72,7 @@ class Trainer:
             set_fast_norm()
         model = self._create_model()
         config = resolve_data_config(vars(args), model=model)
+        self.reference = natural_for(config, config['input_size'][0], config['input_size'][1:], device)
         model.to(device)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -100,7 +102,8 @@ class Trainer:
             self.epoch = args.start_epoch
         if args.distributed:
             ids = [device] if device.type == 'cuda' else None
-            self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not args.no_ddp_bb)
+            buffers = {'broadcast_buffers': False} if args.no_ddp_bb else {}
+            self.task.prepare_distributed(device_ids=ids, **buffers)
         self.schedule = self._create_schedule()
         self.task.on_switch = self._switched
         self.saver = self._create_saver(path) if self.primary else None
@@ -164,6 +167,7 @@ class Trainer:
             switch_ess=args.switch_ess,
             hybrid=args.hybrid,
             queue=args.pool_queue,
+            bridge=self.reference.bridge if args.pool_reference else None,
             running_log_z=args.pool_running_log_z,
         )
         if args.model_ema:
