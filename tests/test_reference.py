@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from timm_gencnn import hmc
-from timm_gencnn.reference import NATURAL_COVARIANCE, Natural, White
+from timm_gencnn.reference import (
+    NATURAL_CORRELATION,
+    NATURAL_PIXEL_MEAN,
+    NATURAL_PIXEL_STD,
+    WIDEST,
+    Natural,
+    White,
+    natural_for,
+    pixel_statistics,
+    squashed_normal,
+)
 
 
 def draw(reference, n, seed=0):
@@ -14,14 +24,69 @@ def draw(reference, n, seed=0):
 
 
 @pytest.mark.parametrize('shape', [(3, 32, 32), (3, 24, 40), (3, 15, 21)])
-@pytest.mark.parametrize('scale', [1.0, 2.0])
-def test_natural_field_has_the_colour_covariance_of_the_table(shape, scale):
-    field = Natural(shape, scale=scale).field(draw(Natural(shape), 400)).double()
+def test_natural_field_has_the_colour_correlations_of_the_table(shape):
+    reference = Natural(shape)
+    field = reference.field(draw(reference, 400)).double()
     covariance = torch.einsum('nihw,njhw->ij', field, field) / field[:, 0].numel()
-    expected = scale**2 * torch.tensor(NATURAL_COVARIANCE, dtype=torch.float64)
-    assert ((covariance - expected).abs() / expected).max() < 0.1
-    wrong = scale**2 * torch.diag(expected.diag() / scale**2)  # uncorrelated colours are told apart
-    assert ((covariance - wrong).abs() / expected).max() > 0.5
+    spread = covariance.diag().sqrt()
+    correlation = covariance / spread / spread[:, None]
+    assert (correlation - torch.tensor(NATURAL_CORRELATION, dtype=torch.float64)).abs().max() < 0.04
+    assert (correlation - torch.eye(3)).abs().max() > 0.5  # uncorrelated colours are told apart
+
+
+@pytest.mark.parametrize('mean', [0.13, 0.49, 0.8])
+@pytest.mark.parametrize('std', [0.05, 0.2])
+def test_natural_pixels_have_the_stated_mean_and_standard_deviation(mean, std):
+    """A white field, so that 600 images are 38,400 independent pixels."""
+    reference = Natural((1, 8, 8), [mean], [std], alpha=0.0)
+    pixels = reference.pixels(draw(reference, 600)).double()
+    assert pixels.mean().item() == pytest.approx(mean, abs=4 * std / 196)
+    assert pixels.std().item() == pytest.approx(std, rel=0.02)
+
+
+def test_squashed_normal_stops_where_the_sigmoid_would_lose_its_gradient():
+    widest = WIDEST * math.sqrt(0.1307 * 0.8693)
+    assert squashed_normal(0.1307, 0.3081) == squashed_normal(0.1307, widest)
+    assert squashed_normal(0.5, 0.1)[0] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('mean', 'std', 'own'),
+    [
+        ([0.1307], [0.3081], True),
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], True),
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], False),
+        ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], False),
+        ([0.48, 0.45, 0.41], [1 / 255] * 3, False),
+    ],
+)
+def test_a_normalisation_that_describes_no_data_is_not_taken_for_one(mean, std, own):
+    channels = len(mean)
+    got = pixel_statistics(mean, std, channels)
+    assert got == ((mean, std) if own else (list(NATURAL_PIXEL_MEAN), list(NATURAL_PIXEL_STD)))
+    reference = natural_for({'mean': mean, 'std': std}, channels, (8, 8))
+    x = reference(draw(reference, 2))  # whatever the pixels, they are normalised as the model wants them
+    as_tensor = lambda v: torch.tensor(v).view(-1, 1, 1)  # noqa: E731
+    assert torch.allclose(x * as_tensor(std) + as_tensor(mean), reference.pixels(draw(reference, 2)), atol=1e-5)
+
+
+def test_bridge_leads_from_images_to_the_reference():
+    """Each bridge image resembles its own image, more or less, and no other; amplitudes vary from image to image."""
+    reference = Natural((1, 28, 28), [0.13], [0.3])
+    torch.manual_seed(0)
+    images = (torch.rand(200, 1, 28, 28) < 0.13).float()
+    bridge = reference.bridge((images - 0.13) / 0.3) * 0.3 + 0.13
+    assert bridge.min() >= -1e-6
+    assert bridge.max() <= 1 + 1e-6
+    field = torch.logit(bridge.clamp(1e-6, 1 - 1e-6)).flatten(1)
+    field = field - field.mean(1, keepdim=True)
+    data = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
+    own = torch.cosine_similarity(field, data)
+    other = torch.cosine_similarity(field, data.roll(1, 0))
+    assert own.mean() > 0.4
+    assert other.abs().mean() < 0.1
+    assert own.min() < 0.1  # some are nearly all reference
+    assert own.max() > 0.9  # some are nearly all image
 
 
 @pytest.mark.parametrize('alpha', [0.0, 1.0, 1.25])
@@ -45,13 +110,12 @@ def test_natural_is_stationary_under_circular_shifts():
 @pytest.mark.parametrize('channels', [1, 3, 4])
 def test_natural_images_are_valid_pixels_normalised_for_the_model(channels):
     mean, std = [0.13] * channels, [0.31] * channels
-    reference = Natural((channels, 28, 28), mean, std, scale=2.0)
+    reference = Natural((channels, 28, 28), mean, std)
     z = draw(reference, 50)
     pixels = reference.pixels(z)
     assert 0 <= pixels.min() < 0.01
     assert 0.9 < pixels.max() <= 1
     assert torch.allclose(reference(z), (pixels - 0.13) / 0.31, atol=1e-5)
-    assert pixels.median().item() == pytest.approx(0.13, abs=0.05)  # centred on the data's mean
 
 
 def test_white_is_sigma_z_and_shows_its_contrast():
@@ -86,7 +150,7 @@ def test_sampling_the_reference_alone_is_exact():
     assert abs(state.z.var().item() - 1) < 4.5 * math.sqrt(2 / state.z.numel())
     field = reference.field(state.z).double()
     covariance = torch.einsum('nihw,njhw->ij', field, field) / field[:, 0].numel()
-    assert ((covariance / torch.tensor(NATURAL_COVARIANCE, dtype=torch.float64)) - 1).abs().max() < 0.12
+    assert ((covariance / reference.covariance) - 1).abs().max() < 0.12
 
 
 @pytest.mark.parametrize(
@@ -94,7 +158,8 @@ def test_sampling_the_reference_alone_is_exact():
     [
         (lambda: White((1, 8, 8), sigma=0.0), 'sigma'),
         (lambda: White((1, 8, 8), sigma=math.nan), 'sigma'),
-        (lambda: Natural((3, 8, 8), scale=-1.0), 'scale'),
+        (lambda: Natural((1, 8, 8), [1.0], [0.2]), 'pixel mean'),
+        (lambda: Natural((1, 8, 8), [0.5], [0.0]), 'standard deviation'),
         (lambda: Natural((3, 8, 8), alpha=-0.1), 'alpha'),
         (lambda: Natural((1, 8, 8)), 'entries'),
     ],

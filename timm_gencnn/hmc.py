@@ -220,14 +220,14 @@ class DualAveraging(NamedTuple):
         log_average: Averaged log step size [n], the one to freeze after warm-up.
         deficit: Running mean of target - acceptance [n].
         anchor: Log step size that the iterates shrink towards [n].
-        count: Updates so far.
+        updates: Updates so far.
     """
 
     log_step: Tensor
     log_average: Tensor
     deficit: Tensor
     anchor: Tensor
-    count: int
+    updates: int
 
     @classmethod
     def start(cls, step_size: Tensor) -> DualAveraging:
@@ -238,7 +238,7 @@ class DualAveraging(NamedTuple):
     def update(self, acceptance: Tensor, target: float) -> DualAveraging:
         """Moves each chain's step size towards acceptance `target` in (0, 1), given its last acceptance [n]."""
         gamma, t0, kappa = 0.05, 10.0, 0.75  # Hoffman and Gelman's constants
-        count = self.count + 1
+        count = self.updates + 1
         deficit = self.deficit + (target - acceptance - self.deficit) / (count + t0)
         log_step = (self.anchor - math.sqrt(count) / gamma * deficit).clamp(max=math.log(math.pi / 2))
         weight = count**-kappa

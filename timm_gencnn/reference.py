@@ -8,17 +8,21 @@ This module knows nothing of networks or sampling.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-# Statistics of logit(pixel) over 1,000 photographs, one per ImageNet class, at 128 x 128: the covariance of red, green
-# and blue, and the exponent of the amplitude spectrum (fit over log-spaced frequencies); and the mean of the pixels.
-NATURAL_COVARIANCE = ((2.951, 2.582, 2.493), (2.582, 2.826, 2.781), (2.493, 2.781, 3.336))
+# Statistics of logit(pixel) over 1,000 photographs, one per ImageNet class, at 128 x 128: the correlation of red, green
+# and blue, and the exponent of the amplitude spectrum (fit over log-spaced frequencies); mean and spread of the pixels.
+NATURAL_CORRELATION = ((1.0, 0.894, 0.795), (0.894, 1.0, 0.906), (0.795, 0.906, 1.0))
 NATURAL_EXPONENT = 1.25
 NATURAL_PIXEL_MEAN = (0.491, 0.463, 0.413)
+NATURAL_PIXEL_STD = (0.264, 0.258, 0.270)
+WIDEST = 0.7
 
 
 class Reference(Protocol):
@@ -56,7 +60,8 @@ class White:
     def __init__(self, shape: Sequence[int], sigma: float = 1.0):
         if not (sigma > 0 and math.isfinite(sigma)):
             raise ValueError(f'sigma must be a positive number, got {sigma}')
-        self.shape = tuple(shape)
+        channels, height, width = shape
+        self.shape = (channels, height, width)
         self.sigma = sigma
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -74,18 +79,24 @@ class White:
 
 
 class Natural:
-    """Coloured noise with the spectrum and colours of photographs, squashed into valid pixels.
+    """Coloured noise with the spectrum and colours of photographs, squashed into pixels of a given mean and spread.
 
-    g(z) = sigmoid(scale · K z + logit(mean)): K shapes white noise to an amplitude spectrum 1/frequency^alpha and mixes
-    the channels so that scale · K z has covariance scale² · `NATURAL_COVARIANCE` (three channels; otherwise the channels
-    are independent with the variance of luminance). The law is stationary: circular shifts leave it invariant.
+    g(z) = sigmoid(K z + m): K shapes white noise to an amplitude spectrum 1/frequency^alpha and mixes the channels,
+    with the colour correlations of photographs (three channels; otherwise the channels are independent). m and the
+    standard deviation s of K z are such that the pixels have the wanted mean and standard deviation, channel by
+    channel. The law is stationary: circular shifts leave it invariant.
 
     Args:
         shape: [C, H, W] of an image.
-        mean: Pixel mean of the model's data per channel, in (0, 1); the reference is centred on it.
-        std: Pixel standard deviation that the model's normalisation divides by, per channel.
+        mean: Pixel mean per channel, in (0, 1).
+        std: Pixel standard deviation per channel, > 0; cut at `WIDEST` times that of black-and-white pixels, beyond
+            which the sigmoid has no gradient left.
         alpha: Exponent of the amplitude spectrum, >= 0; 0 is white in space.
-        scale: Contrast relative to photographs, > 0.
+        normalize: (mean, std) by which the model normalises its images, per channel; None is (mean, std).
+        device: Where the latents will be.
+
+    Raises:
+        ValueError: A number out of its range, or not one per channel.
     """
 
     name = 'natural'
@@ -94,27 +105,28 @@ class Natural:
         self,
         shape: Sequence[int],
         mean: Sequence[float] = NATURAL_PIXEL_MEAN,
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        std: Sequence[float] = NATURAL_PIXEL_STD,
         alpha: float = NATURAL_EXPONENT,
-        scale: float = 1.0,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str = 'cpu',
     ):
         channels, height, width = shape
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f'scale must be a positive number, got {scale}')
+        normalize = normalize or (mean, std)
         if not (alpha >= 0 and math.isfinite(alpha)):
             raise ValueError(f'alpha must be a number >= 0, got {alpha}')
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(f'mean and std must have {channels} entries, got {tuple(mean)} and {tuple(std)}')
+        for values in mean, std, *normalize:
+            if len(values) != channels:
+                raise ValueError(f'mean and std must have {channels} entries, got {tuple(values)}')
         self.shape = (channels, height, width)
-        self.alpha, self.scale, self.mean = alpha, scale, tuple(mean)
+        self.mean, self.std, self.alpha = tuple(mean), tuple(std), alpha
+        fields = [squashed_normal(m, s) for m, s in zip(mean, std, strict=True)]
+        spread = torch.tensor([s for _, s in fields], dtype=torch.float64)
         as_channels = lambda v: torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1)  # noqa: E731
-        # a mean of exactly 0 or 1 (a model that does not normalise) has no logit
-        centred = [m if 0 < m < 1 else 0.5 for m in mean]
-        self._offset = as_channels([math.log(m / (1 - m)) for m in centred])
-        self._mean, self._std = as_channels(mean), as_channels(std)
+        self.centre = as_channels([m for m, _ in fields])
+        self._mean, self._std = (as_channels(v) for v in normalize)
         self._spectrum = self.amplitude(height, width, alpha).to(device, torch.float32)
-        self._mix = scale * torch.linalg.cholesky(self.covariance(channels)).to(device, torch.float32)
+        self.covariance = spread[:, None] * self.correlation(channels) * spread
+        self._mix = torch.linalg.cholesky(self.covariance).to(device, torch.float32)
 
     @staticmethod
     def amplitude(height: int, width: int, alpha: float) -> Tensor:
@@ -125,21 +137,117 @@ class Natural:
         return (gain / gain.square().mean().sqrt())[:, : width // 2 + 1]
 
     @staticmethod
-    def covariance(channels: int) -> Tensor:
-        """Covariance of logit(pixel) across channels [C, C], float64, at scale 1."""
-        rgb = torch.tensor(NATURAL_COVARIANCE, dtype=torch.float64)
-        return rgb if channels == 3 else rgb.mean() * torch.eye(channels, dtype=torch.float64)
+    def correlation(channels: int) -> Tensor:
+        """Correlation of logit(pixel) across channels [C, C], float64."""
+        if channels != 3:
+            return torch.eye(channels, dtype=torch.float64)
+        return torch.tensor(NATURAL_CORRELATION, dtype=torch.float64)
 
     def field(self, z: Tensor) -> Tensor:
-        """scale · K z: the stationary Gaussian field before centring and squashing [n, C, H, W]."""
+        """K z: the stationary Gaussian field before centring and squashing [n, C, H, W]."""
         coloured = torch.fft.irfft2(torch.fft.rfft2(z) * self._spectrum.to(z.dtype), s=self.shape[1:])
         return torch.einsum('ij,njhw->nihw', self._mix.to(z.dtype), coloured)
 
     def pixels(self, z: Tensor) -> Tensor:
-        return torch.sigmoid(self.field(z) + self._offset)
+        return torch.sigmoid(self.field(z) + self.centre)
 
     def __call__(self, z: Tensor) -> Tensor:
         return (self.pixels(z) - self._mean) / self._std
 
+    def bridge(self, images: Tensor) -> Tensor:
+        """Images on the way from given ones to the reference, for the image pool of generative training.
+
+        In the field behind the sigmoid, an image u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z with
+        a ~ U(0, 0.8), b ~ U(0, 1) and z ~ N(0, I): faded copies under faint to full noise, what a chain meets on its
+        way. The same family of ratios between data and noise serves telescoping density-ratio estimation (Rhodes, Xu,
+        Gutmann, NeurIPS 2020, arXiv 2006.12204).
+
+        Args:
+            images: Images normalised for the model [n, C, H, W].
+
+        Returns:
+            As many images, normalised for the model, drawn with the global generator of their device.
+        """
+        pixels = (images.float() * self._std + self._mean).clamp(1 / 512, 1 - 1 / 512)
+        share = lambda most: most * torch.rand(len(images), 1, 1, 1, device=images.device)  # noqa: E731
+        a, b = share(0.8), share(1.0)
+        noise = (1 - a.square()).sqrt() * b * self.field(torch.randn_like(pixels))
+        x = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + noise)
+        return ((x - self._mean) / self._std).to(images.dtype)
+
     def settings(self) -> dict:
-        return {'reference': self.name, 'alpha': self.alpha, 'scale': self.scale, 'mean': list(self.mean)}
+        return {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}
+
+
+@lru_cache
+def squashed_normal(mean: float, std: float) -> tuple[float, float]:
+    """(m, s) such that sigmoid(N(m, s²)) has the given mean and standard deviation.
+
+    Args:
+        mean: In (0, 1).
+        std: > 0; cut at `WIDEST` times the largest that a mean allows, sqrt(mean (1 - mean)).
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    if not 0 < mean < 1:
+        raise ValueError(f'a pixel mean must lie in (0, 1), got {mean}')
+    if not (std > 0 and math.isfinite(std)):
+        raise ValueError(f'a pixel standard deviation must be positive, got {std}')
+    std = min(std, WIDEST * math.sqrt(mean * (1 - mean)))
+    x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    weight = torch.exp(-x.square() / 2)
+    weight /= weight.sum()
+
+    def moments(m: float, s: float) -> tuple[float, float]:
+        p = torch.sigmoid(m + s * x)
+        first = (weight * p).sum()
+        return first.item(), ((weight * p.square()).sum() - first.square()).clamp(min=0).sqrt().item()
+
+    def centre(s: float) -> float:
+        return bisect(lambda m: moments(m, s)[0] - mean, -40.0, 40.0)
+
+    s = bisect(lambda s: moments(centre(s), s)[1] - std, 1e-4, 20.0)
+    return centre(s), s
+
+
+def bisect(function: Callable[[float], float], low: float, high: float) -> float:
+    """Root of an increasing function in [low, high], to 1e-6."""
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def pixel_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[list[float], list[float]]:
+    """Pixel mean and standard deviation of a model's data as its normalisation states them, per channel.
+
+    Many models normalise by round numbers that describe no data (0.5 / 0.5, 0 / 1, 1 / 255): the statistics of
+    photographs take their place.
+    """
+    plausible = all(0 < m < 1 and 0.1 <= s < 0.95 * math.sqrt(m * (1 - m)) for m, s in zip(mean, std, strict=True))
+    if not plausible:
+        mean, std = NATURAL_PIXEL_MEAN, NATURAL_PIXEL_STD
+    return per_channel(mean, channels), per_channel(std, channels)
+
+
+def per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """As many values as channels: themselves, or their mean repeated."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def natural_for(
+    cfg: Mapping[str, Any], channels: int, size: tuple[int, int], device: torch.device | str = 'cpu'
+) -> Natural:
+    """The natural reference with the pixel statistics and the normalisation of a model's configuration.
+
+    Args:
+        cfg: `mean` and `std` as in timm's `pretrained_cfg`; where they are missing, ImageNet's.
+        channels: Image channels.
+        size: Image height and width in pixels.
+        device: Where the latents will be.
+    """
+    mean = cfg.get('mean') or IMAGENET_DEFAULT_MEAN
+    std = cfg.get('std') or IMAGENET_DEFAULT_STD
+    normalize = per_channel(mean, channels), per_channel(std, channels)
+    return Natural((channels, *size), *pixel_statistics(mean, std, channels), normalize=normalize, device=device)

@@ -43,13 +43,16 @@ class GenerativeTask(ClassificationTask):
         criterion_kwargs: Arguments of timm's create_classification_loss.
         phase: 'DG', 'GG' or 'GG+DG'.
         gen_steps: GG+DG switches after this many training steps (calls of forward).
-        switch_ess: GG+DG switches when the smoothed effective sample size, in images of all ranks, has fallen to this; or
-            'plateau': when it has not fallen by 1 % for 1000 steps. The mean over the classes counts.
+        switch_ess: GG+DG switches when the smoothed effective sample size, in images of all ranks, has fallen to this;
+            or 'plateau': when it has not fallen by 1 % for 1000 steps. The mean over the classes counts.
         hybrid: Weight h in [0, 1) of the discriminative loss in the generative phase: (1 - h) GG + h DG. With h > 0 the
             discriminative part learns the biases, so no intercepts are added.
         queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
             E_p[grad f] is missing, so that the scores of all images drift upwards, and their logits are as stale as the
             queue is long. Needs a small learning rate.
+        bridge: Makes further pool images of a batch, [n, C, H, W] -> [m, C, H, W], such as `Natural.bridge`: q is then
+            the mixture of the training images and of those. Without it nothing tells the network what an image is not,
+            and pictures of its nodes need not look like images.
         running_log_z: Weigh the images of a batch by exp(f_y - running log Z_y) / n instead of by a softmax over the
             batch, as SogCLR does. Biased by the lag of the running mean, less biased than a small batch.
         momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1]; the first 1/momentum batches
@@ -75,6 +78,7 @@ class GenerativeTask(ClassificationTask):
         switch_ess: float | str | None = None,
         hybrid: float = 0.0,
         queue: int = 0,
+        bridge: Callable[[Tensor], Tensor] | None = None,
         running_log_z: bool = False,
         momentum: float = 0.01,
         on_switch: Callable[[], None] | None = None,
@@ -95,6 +99,7 @@ class GenerativeTask(ClassificationTask):
         self.switch_ess = switch_ess
         self.hybrid = hybrid
         self.queue_size = queue
+        self.bridge = bridge
         self.running_log_z = running_log_z
         self.momentum = momentum
         self.on_switch = on_switch
@@ -134,13 +139,14 @@ class GenerativeTask(ClassificationTask):
             self.steps += 1
             return super().forward(input, target)
 
-        logits = self.trainable_module(input if unlabeled is None else torch.cat([input, unlabeled]))
+        images = [input, *([] if unlabeled is None else [unlabeled]), *([self.bridge(input)] if self.bridge else [])]
+        logits = self.trainable_module(torch.cat(images) if len(images) > 1 else input)
         output, pool = logits[: len(input)], logits[len(input) :]
         if self.queue is not None:
             pool = torch.cat([pool, self.queue])
         if self.running_log_z:
-            images = torch.cat([output, pool]).detach()
-            self._update_log_z(log_mean_exp(images, self.generative_loss.distributed))
+            scores = torch.cat([output, pool]).detach()
+            self._update_log_z(log_mean_exp(scores, self.generative_loss.distributed))
         loss = self.generative_loss(output, target, pool, log_z=self.log_z if self.running_log_z else None)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)

@@ -91,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--unlabeled-data-dir', metavar='DIR', help='its root folder')
     add('--unlabeled-split', default='train', metavar='NAME')
     add('--unlabeled-batch-size', type=int, metavar='N', help='default: as --batch-size')
+    add(
+        '--pool-reference',
+        **switch,
+        help="before the switch, images between the training images and the pictures' reference join the image pool",
+    )
     add('--cache-images', **switch, help='keep decoded images in memory; only without augmentation (--no-aug)')
 
     add = parser.add_argument_group('model').add_argument

@@ -14,12 +14,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from . import chains, diagnostics, hmc
 from .nodes import Node, ScoreFunction, resolve
-from .reference import Natural, Reference, White
+from .reference import Reference, White, natural_for
 from .samples import Samples, read_metadata, to_rgb
 
 GALLERY_TEMPERATURE = 0.02
@@ -84,7 +83,7 @@ def visualize(
         net = net.to(device)
     where = next((p.device for p in net.parameters()), torch.device('cpu'))
     sides = (size, size) if isinstance(size, int) else size
-    nodes = list(node) if isinstance(node, (list, tuple, range)) else [node]
+    nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
 
     began = time.perf_counter()
     with frozen(net):
@@ -208,17 +207,8 @@ def make_reference(
     if reference == 'white':
         return White(shape)
     if reference == 'natural':
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
-        mean, std = (
-            _per_channel(cfg.get(key) or default, channels)
-            for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
-        )
-        return Natural(shape, mean, std, device=device)
+        return natural_for(getattr(model, 'pretrained_cfg', None) or {}, channels, size, device)
     raise ValueError(f"unknown reference {reference!r}: 'natural', 'white' or an object of timm_gencnn.reference")
-
-
-def _per_channel(values: Sequence[float], channels: int) -> list[float]:
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 @dataclass
