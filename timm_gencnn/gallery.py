@@ -120,7 +120,7 @@ def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: Any) -
 
 
 def _request(net: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a finished node must have in common with the run: all that determines pixels, but not where they are made."""
+    """What a finished node must share with the run: all that determines its pixels, but not where they are made."""
     request = {k: v for k, v in settings.items() if k not in ('device', 'progress', 'frames')}
     if isinstance(request['size'], int):
         request['size'] = [request['size']] * 2
@@ -337,12 +337,12 @@ def _group(node: str) -> str:
 def _common(drawn: Sequence[Entry]) -> str:
     """Settings in plain words, where all nodes share them."""
     shown = [_settings(entry.metadata) for entry in drawn]
-    return ' · '.join(
-        f'{label} {value}'
-        for label, value in (shown[0].items() if shown else ())
-        if label in ('images', 'gradients', 'reference', 'temperature', 'seed')
-        and all(s[label] == value for s in shown)
-    )
+    shared = [
+        f'{label}: {shown[0][label]}'
+        for label in ('images', 'gradients', 'reference', 'temperature', 'seed')
+        if len({settings[label] for settings in shown}) == 1
+    ]
+    return ' · '.join(shared)
 
 
 def _section(name: str, members: Sequence[Entry]) -> str:
@@ -356,7 +356,7 @@ def _card(entry: Entry) -> str:
     name = html.escape(entry.node)
     if entry.image:
         scores = entry.metadata['diagnostics']['score']
-        mean = _number(sum(scores) / len(scores))
+        mean = _mean(scores)
         verdict, kind = entry.metadata['verdict'], _kind(entry.metadata)
         width, height = entry.size
         alt = html.escape(f'{len(scores)} images drawn for {entry.node}, mean score {mean}')
@@ -386,9 +386,9 @@ def _settings(metadata: dict[str, Any]) -> dict[str, str]:
     """Settings of one node in plain words."""
     s = metadata['settings']
     height, width = s['size']
-    tilts = sorted(t for t in metadata['diagnostics']['tilt'] if t is not None)
+    tilts = sorted(metadata['diagnostics']['tilt'])
     return {
-        'images': f'{s["n"]} of {height} × {width} px',
+        'images': f'{s["n"]} of {width} by {height} px',
         'gradients': f'{metadata["diagnostics"]["gradients"]} per image',
         'regime': s['regime'],
         'reference': str(s['reference']),
@@ -402,28 +402,32 @@ def _settings(metadata: dict[str, Any]) -> dict[str, str]:
 def _rows(entry: Entry) -> list[list[str]]:
     """Label and value of everything that is known of a node."""
     d = entry.metadata['diagnostics']
-    mean = lambda values: _number(sum(values) / len(values))  # noqa: E731
+    exact = entry.metadata['settings']['regime'] == 'exact'
     rows = [
         ['Verdict', entry.metadata['verdict']],
         ['Scores', ', '.join(map(_number, d['score']))],
-        ['Acceptance', mean(d['acceptance']) + (' (would-be: nothing is rejected)' * (d['ess'] is None))],
+        ['Acceptance', _mean(d['acceptance']) + ('' if exact else ' (would-be: nothing is rejected)')],
         ['Divergences', str(sum(d['divergences']))],
-        ['Step size', mean(d['step_size'])],
-        ['Energy error', mean([e for e in d['energy_error'] if e is not None] or [math.nan])],
+        ['Step size', _mean(d['step_size'])],
+        ['Energy error', _mean(d['energy_error'])],
     ]
-    if d['ess'] is not None:
-        rows += [['ESS of the score', _number(d['ess'])], ['Split R-hat', f'{d["r_hat"]:.3f}']]
+    if exact:
+        rows += [['ESS of the score', _number(d['ess'])], ['Split R-hat', _number(d['r_hat'], 4)]]
     rows += [[label.capitalize(), value] for label, value in _settings(entry.metadata).items()]
     rows += [['Note', note] for note in entry.metadata['settings']['notes']]
     rows += [['Seconds', _number(d['seconds'])], ['Repeat it', f'gencnn visualize --like images/{entry.file}']]
     return rows
 
 
-def _number(value: float | None) -> str:
-    """A number at three significant digits."""
-    if value is None or not math.isfinite(value):
+def _mean(values: Sequence[float | None]) -> str:
+    return _number(None if None in values else sum(v for v in values if v is not None) / len(values))
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A number at some significant digits; None is what JSON has for NaN."""
+    if value is None:
         return 'not finite'
-    return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}'
+    return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.{digits}g}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
