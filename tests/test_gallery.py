@@ -429,6 +429,7 @@ class Browser:
             'Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call('Page.navigate', url='about:blank')
+        self.until("location.href == 'about:blank'")
         self.events.clear()
         self.call('Page.navigate', url=page.as_uri() + fragment)
         self.until("document.readyState == 'complete' && typeof restore == 'function'")
