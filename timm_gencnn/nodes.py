@@ -345,8 +345,8 @@ def _find_class(unit: _Unit, num_classes: int, labels: DatasetInfo | None) -> in
 
 
 def _class_name(index: int, labels: DatasetInfo | None) -> str:
-    known = labels is not None and labels.has_label(index)
-    return f'{index} {_lemmas(labels, index)[0]}' if known and labels is not None else str(index)
+    name = _lemmas(labels, index)[0] if labels is not None and labels.has_label(index) else str(index)
+    return name if name == str(index) else f'{index} {name}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------

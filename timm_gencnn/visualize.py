@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import chains, diagnostics, hmc
 from .nodes import Node, ScoreFunction, resolve
 from .reference import Reference, White, natural_for
+from .registry import check_checkpoint
 from .samples import Samples, read_metadata, to_rgb
 
 GALLERY_TEMPERATURE = 0.02
@@ -158,6 +159,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         tags = timm.list_pretrained(f'{arch}.*')
         hint = f'pretrained are {", ".join(tags)}' if tags else 'pass a trained module, or a checkpoint'
         raise ValueError(f'{name!r} has no pretrained weights, and an untrained network has nothing to show: {hint}')
+    if kwargs.get('checkpoint_path'):
+        check_checkpoint(kwargs['checkpoint_path'])
     try:
         return timm.create_model(name, pretrained=not kwargs.get('checkpoint_path'), **kwargs).eval()
     except ValueError:

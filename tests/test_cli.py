@@ -1,0 +1,109 @@
+"""The gencnn command: what it prints, what it writes, how it fails."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from timm_gencnn import cli
+from timm_gencnn.samples import read_metadata
+
+LENET = 'gencnn_lenet.gg_dg_mnist'
+
+
+def test_visualize_writes_a_picture_and_a_summary(tmp_path, capsys):
+    out = tmp_path / 'digits.png'
+    assert cli.main(['visualize', LENET, '3', '5', '-n', '2', '--steps', '16', '--out', str(out)]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        '4 images of 2 node(s)',
+        'acceptance',
+        'ESS',
+        '16 gradients a chain',
+        ' s\n',
+        'gallery regime',
+        str(out),
+    ):
+        assert word in printed
+    with Image.open(out) as image:
+        assert image.size == (2 * 30 + 2, 2 * 30 + 2)
+    assert read_metadata(out)['settings']['model'] == LENET
+
+
+def test_like_repeats_a_picture_bit_for_bit(tmp_path):
+    a, b = tmp_path / 'a.png', tmp_path / 'b.png'
+    assert cli.main(['visualize', LENET, '7', '-n', '3', '--steps', '20', '--seed', '5', '--out', str(a)]) == 0
+    assert cli.main(['visualize', '--like', str(a), '--out', str(b)]) == 0
+    with Image.open(a) as first, Image.open(b) as second:
+        assert first.tobytes() == second.tobytes()
+
+
+def test_exact_regime_and_animation(tmp_path, capsys):
+    out = tmp_path / 'x.png'
+    args = ['visualize', LENET, 'conv2:3', '-n', '2', '--steps', '80', '--temperature', '1', '--reference', 'white']
+    assert cli.main([*args, '--out', str(out), '--animate', str(tmp_path / 'x.gif')]) == 0
+    assert 'exact sampling' in capsys.readouterr().out
+    assert (tmp_path / 'x.gif').exists()
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['visualize'], 'give a model and at least one node'),
+        (['visualize', 'gencnn_lenett', '3'], 'did you mean'),
+        (['visualize', LENET, '11'], '11'),
+        (['visualize', LENET, '3', '--out', 'x.jpg'], '.png'),
+        (['visualize', LENET, '3', '--steps', '0'], 'steps must be'),
+        (['visualize', '--like', 'nothing.png'], 'nothing.png'),
+        (['visualize', LENET, '3', '--checkpoint', 'nothing.pth'], 'nothing.pth'),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert 'Traceback' not in error
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_truncated_checkpoint_is_a_clear_error(tmp_path, capsys):
+    path = tmp_path / 'broken.pth'
+    torch.save({'x': torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:500])
+    assert cli.main(['visualize', LENET, '3', '--checkpoint', str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_nodes_lists_layers(capsys):
+    assert cli.main(['nodes', LENET]) == 0
+    printed = capsys.readouterr().out
+    for layer in ('conv1', 'conv2', 'fc1', 'fc2'):
+        assert layer in printed
+
+
+def test_version_and_help(capsys):
+    assert cli.main(['--version']) == 0
+    assert cli.main([]) == 2
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize('command', cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, '--help'])
+    assert exit_.value.code == 0
+    assert f'gencnn {command}' in capsys.readouterr().out
+
+
+def test_import_is_light():
+    """Heavy libraries are imported where they are used, not with the package."""
+    code = (
+        'import sys, timm; before = set(sys.modules); import timm_gencnn; new = set(sys.modules) - before; '
+        'print([m for m in ("datasets", "pandas", "pyarrow", "scipy", "jinja2", "torch._dynamo") if m in new])'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == '[]'

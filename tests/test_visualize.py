@@ -1,0 +1,346 @@
+"""The one-liner from model and node to Samples, on small networks with random weights and on the shipped LeNet."""
+
+import json
+import math
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import timm_gencnn
+from timm_gencnn import hmc
+from timm_gencnn.reference import Natural, White
+from timm_gencnn.samples import Samples, read_metadata, verdict
+from timm_gencnn.visualize import frozen, visualize
+
+visualize_module = sys.modules['timm_gencnn.visualize']
+
+
+class Linear(nn.Module):
+    """Scores <w_c, x>: under the white reference p_c = N(w_c, I) exactly."""
+
+    def __init__(self, classes=3, side=6):
+        super().__init__()
+        self.side = side
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(classes, side * side, generator=generator) / 3)
+        self.pretrained_cfg = {'input_size': (1, side, side), 'mean': (0.5,), 'std': (0.25,), 'num_classes': classes}
+        self.num_classes = classes
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T
+
+
+@pytest.fixture(scope='module')
+def linear():
+    return Linear().eval()
+
+
+@pytest.fixture(scope='module')
+def lenet():
+    torch.manual_seed(0)
+    return timm.create_model('gencnn_lenet').eval()
+
+
+def quick(model, node, **kwargs):
+    return visualize(model, node, **{'n': 2, 'steps': 12, 'progress': False} | kwargs)
+
+
+# Statistics
+
+
+def test_exact_regime_samples_the_model(linear):
+    """Class c under white noise is N(w_c, I): score mean |w_c|² and variance |w_c|², for each of three nodes."""
+    samples = visualize(linear, [0, 1, 2], n=60, steps=800, reference='white', temperature=1, progress=False)
+    assert samples.settings['regime'] == 'exact'
+    for c, scores in enumerate(samples.trace.split(60, dim=1)):
+        norm2 = linear.weight[c].detach().square().sum().item()
+        assert scores.mean().item() == pytest.approx(norm2, abs=4 * math.sqrt(norm2 / samples.diagnostics['ess']))
+        assert scores.var().item() == pytest.approx(norm2, rel=0.12)
+    assert samples.diagnostics['r_hat'] < 1.01
+    assert samples.verdict.startswith('exact sampling: converged')
+
+
+def test_low_temperature_ends_nearer_the_mode_than_the_exact_regime(linear):
+    exact = visualize(linear, 0, n=20, steps=200, reference='white', temperature=1, progress=False)
+    cold = visualize(linear, 0, n=20, steps=200, reference='white', temperature=0.01, tilt=1, progress=False)
+    spread = lambda s: torch.tensor(s.diagnostics['score']).std()  # noqa: E731
+    assert spread(cold) < 0.5 * spread(exact)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'regime'),
+    [
+        ({}, 'gallery'),
+        ({'temperature': 1}, 'exact'),
+        ({'temperature': 1.0, 'tilt': 1.0}, 'exact'),
+        ({'tilt': 1.0}, 'gallery'),
+        ({'temperature': 1.0, 'tilt': 2.0}, 'gallery'),
+        ({'temperature': 0.5, 'tilt': 1.0}, 'gallery'),
+    ],
+)
+def test_the_regime_is_said_everywhere(linear, tmp_path, kwargs, regime):
+    samples = quick(linear, 0, steps=70, **kwargs)
+    assert samples.settings['regime'] == regime
+    stated = read_metadata(samples.save(tmp_path / 'x.png'))
+    assert stated['settings']['regime'] == regime
+    assert ('not samples of the model at T = 1' in stated['verdict']) == (regime == 'gallery')
+    with Image.open(tmp_path / 'x.png') as image:
+        assert image.text['Description'].startswith(samples.verdict)
+
+
+def test_each_chain_spends_exactly_its_budget_and_no_more_forwards(linear):
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    handle = linear.register_forward_hook(count)
+    try:
+        counts = []
+        for steps in (20, 50):
+            calls = 0
+            assert quick(linear, 0, steps=steps).diagnostics['gradients'] == steps
+            counts.append(calls)
+    finally:
+        handle.remove()
+    assert counts[1] - counts[0] == 30  # what resolving the node and the final score cost does not grow
+
+
+# Bookkeeping
+
+
+@pytest.mark.parametrize('node', [3, 'conv1:7', 'conv2:4@2,5', '3 + 0.5*conv2:4', [1, 'conv2:4']])
+def test_node_forms(lenet, node):
+    samples = quick(lenet, node)
+    nodes = len(node) if isinstance(node, list) else 1
+    assert samples.images.shape[:2] == (2 * nodes, 3)
+    assert 0 <= samples.images.min() <= samples.images.max() <= 1
+    assert len(samples.nodes) == nodes
+
+
+def test_class_by_name():
+    model = timm.create_model('gencnn_test_resnet').eval()
+    by_name, by_index = (quick(model, node, n=1, steps=8, size=64) for node in ('goldfish', 1))
+    assert by_name.nodes == by_index.nodes == ['1 goldfish']
+    assert torch.equal(by_name.images, by_index.images)
+
+
+def test_seed_decides_the_pixels(lenet):
+    a, b, c = (quick(lenet, 3, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(a.images, b.images)
+    assert not torch.equal(a.images, c.images)
+    assert not torch.equal(a.images[0], a.images[1])
+
+
+def test_chunks_of_chains_give_the_pixels_of_one_batch(lenet, monkeypatch):
+    whole = quick(lenet, [1, 2, 3], n=3)
+    for batch in (1, 2, 4):
+        monkeypatch.setattr(visualize_module, 'PIXELS_PER_BATCH', batch * 28 * 28)
+        parts = quick(lenet, [1, 2, 3], n=3)
+        assert torch.allclose(parts.images, whole.images, atol=1e-3)
+        assert parts.diagnostics['score'] == pytest.approx(whole.diagnostics['score'], abs=1e-3)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(lenet, monkeypatch):
+    whole = quick(lenet, 3, n=8)
+    original = hmc.score_and_grad
+
+    def hungry(score, z):
+        if len(z) > 2:
+            raise torch.OutOfMemoryError('out of memory')
+        return original(score, z)
+
+    monkeypatch.setattr(hmc, 'score_and_grad', hungry)
+    with pytest.warns(UserWarning, match='with 2 images at a time'):
+        parts = quick(lenet, 3, n=8)
+    assert torch.allclose(parts.images, whole.images, atol=1e-3)
+
+
+def test_the_model_is_left_as_it_was(lenet):
+    before = {k: v.clone() for k, v in lenet.state_dict().items()}
+    lenet.fc2.bias.requires_grad_(False)
+    quick(lenet, 3)
+    assert all(torch.equal(v, before[k]) for k, v in lenet.state_dict().items())
+    assert [n for n, p in lenet.named_parameters() if not p.requires_grad] == ['fc2.bias']
+    assert all(p.grad is None for p in lenet.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lenet.modules())
+    lenet.fc2.bias.requires_grad_(True)
+
+
+def test_parameters_are_frozen_inside_and_thawed_after_an_error(lenet):
+    with frozen(lenet):
+        assert not any(p.requires_grad for p in lenet.parameters())
+    assert all(p.requires_grad for p in lenet.parameters())
+    with pytest.raises(ValueError, match='not finite'):
+        quick(lenet, lambda x: x.mean((1, 2, 3)) * math.nan)
+    assert all(p.requires_grad for p in lenet.parameters())
+
+
+def test_a_reference_of_ones_own(lenet):
+    samples = quick(lenet, 3, reference=Natural((1, 28, 28), [0.5], [0.2], alpha=0.5))
+    assert samples.settings['alpha'] == 0.5
+
+
+def test_white_reference_is_labelled(lenet):
+    assert quick(lenet, 3, reference='white').settings['display'] == 'contrast stretched per image'
+
+
+def test_half_precision_kicks_keep_the_accept_test_in_float32(lenet):
+    """bfloat16 kicks change the path, not the law: scores of exact chains stay where float32's are."""
+    full, half = (
+        visualize(lenet, 3, n=8, steps=120, temperature=1, dtype=dtype, progress=False)
+        for dtype in (None, torch.bfloat16)
+    )
+    assert half.trace.dtype == torch.float32
+    spread = full.trace.std().item()
+    assert abs(half.trace.mean() - full.trace.mean()).item() < spread
+    assert min(half.diagnostics['acceptance']) > 0.3
+
+
+# Samples
+
+
+def test_png_carries_the_settings_that_repeat_it(lenet, tmp_path):
+    samples = quick(lenet, [3, 5], steps=20)
+    stated = read_metadata(samples.save(tmp_path / 'new' / 'x.png'))
+    assert stated['settings'] == json.loads(json.dumps(samples.settings))
+    assert stated['diagnostics']['gradients'] == 20
+    assert list((tmp_path / 'new').iterdir()) == [tmp_path / 'new' / 'x.png']  # no partial file left
+
+
+def test_animate(lenet, tmp_path):
+    samples = quick(lenet, 3, steps=40, frames=5)
+    assert samples.frames.shape == (5, 2, 3, 28, 28)
+    for name in ('x.gif', 'x.webp'):
+        with Image.open(samples.animate(tmp_path / name)) as film:
+            assert film.n_frames == 5
+    with pytest.raises(ValueError, match='kept no frames'):
+        quick(lenet, 3).animate(tmp_path / 'y.gif')
+    with pytest.raises(ValueError, match=r'\.gif or \.webp'):
+        samples.animate(tmp_path / 'y.mp4')
+
+
+def test_to_dataset(lenet):
+    data = quick(lenet, [3, 5]).to_dataset()
+    assert [row['node'] for row in data] == ['3', '3', '5', '5']
+    assert data[0]['image'].size == (28, 28)
+    assert json.loads(data[0]['settings'])['steps'] == 12
+    assert json.loads(data[3]['diagnostics'])['gradients'] == 12
+
+
+def test_grid_has_a_row_per_node_and_shows_in_a_notebook(lenet):
+    samples = quick(lenet, [1, 2, 3])
+    assert samples.grid(padding=0).size == (2 * 28, 3 * 28)
+    assert samples._repr_png_().startswith(b'\x89PNG')
+    assert quick(lenet, 1, n=9).grid(padding=0).size == (3 * 28, 3 * 28)
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        (('exact', 1.002, 900.0), 'converged (R-hat 1.002, ESS 900)'),
+        (('exact', 1.8, 900.0), 'not converged: R-hat 1.80, run longer'),
+        (('exact', 1.002, 90.0), 'only 90 effective draws'),
+        (('exact', math.nan, math.nan), 'not converged'),
+        (('gallery', math.nan, math.nan), 'not samples of the model at T = 1'),
+    ],
+)
+def test_verdict(args, words):
+    assert words in verdict(*args)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'n': 0}, 'n must be an integer >= 1, got 0'),
+        ({'n': 2.5}, 'n must be'),
+        ({'steps': -1}, 'steps must be'),
+        ({'steps': 4}, 'too small for a picture'),
+        ({'steps': 30, 'temperature': 1}, 'too small for exact sampling'),
+        ({'temperature': 0}, 'temperature must be a positive number, got 0'),
+        ({'temperature': math.nan}, 'temperature must be'),
+        ({'tilt': -3.0}, 'tilt must be'),
+        ({'seed': -1}, 'seed must be'),
+        ({'frames': -1}, 'frames must be'),
+        ({'reference': 'pink'}, "unknown reference 'pink'"),
+        ({'reference': White((3, 8, 8))}, r'\(3, 8, 8\), the model takes \(1, 28, 28\)'),
+        ({'size': 7}, '7'),
+    ],
+)
+def test_bad_numbers_are_refused_by_name(lenet, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        quick(lenet, 3, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('node', 'message'),
+    [
+        (10, '10'),
+        (-1, '-1'),
+        ('conv1:20', '20'),
+        ('conv9:1', 'conv1'),
+        ('conv1:3@99,0', '99'),
+        ([], 'empty'),
+        (lambda x: x.mean(), 'must return a tensor'),
+    ],
+)
+def test_bad_nodes_are_refused(lenet, node, message):
+    with pytest.raises(ValueError, match=message):
+        quick(lenet, node)
+
+
+def test_train_mode_is_refused(lenet):
+    lenet.train()
+    try:
+        with pytest.raises(ValueError, match='eval'):
+            quick(lenet, 3)
+    finally:
+        lenet.eval()
+
+
+def test_weights_with_nan_are_refused():
+    model = Linear().eval()
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match='finite'):
+        quick(model, 0)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('gencnn_lenett', 'did you mean .*gencnn_lenet'),
+        ('gencnn_lenet.nonsense', 'no pretrained weights'),
+        ('gencnn_zfnet', 'no pretrained weights'),
+    ],
+)
+def test_unknown_and_untrained_models_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        quick(name, 0)
+
+
+def test_only_pngs_of_ours_can_be_repeated(tmp_path):
+    Image.new('RGB', (4, 4)).save(tmp_path / 'plain.png')
+    (tmp_path / 'broken.png').write_bytes(b'\x89PNG nonsense')
+    for name, message in [('plain.png', 'carries no settings'), ('broken.png', 'cannot read'), ('none.png', 'cannot')]:
+        with pytest.raises(ValueError, match=message):
+            read_metadata(tmp_path / name)
+
+
+# The shipped checkpoint
+
+
+def test_one_line_from_a_name():
+    samples = timm_gencnn.visualize('gencnn_lenet.gg_dg_mnist', 3, n=2, steps=60, progress=False)
+    assert isinstance(samples, Samples)
+    model = timm.create_model('gencnn_lenet.gg_dg_mnist', pretrained=True).eval()
+    logits = model((samples.images[:, :1] - 0.1307) / 0.3081)
+    assert (logits.argmax(1) == 3).all()
