@@ -2,8 +2,8 @@
 
 `sample_exact` draws from the tilted density itself: adjusted HMC, step sizes adapted during the first half of the
 budget and frozen for the second, whose draws the diagnostics describe. `sample_gallery` makes pictures: the same
-dynamics at a low temperature with persistent momenta, no accept test and an annealed tilt. This module sees a score
-function of latents and knows nothing of networks or pixels.
+dynamics, cooled from the reference to a low temperature, with persistent momenta and no accept test. This module sees
+a score function of latents and knows nothing of networks or pixels.
 """
 
 from __future__ import annotations
@@ -76,10 +76,8 @@ class _Tally:
         )
 
 
-def start(
-    score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, temperature: float = 1.0, tries: int = 5
-) -> tuple[hmc.State, int]:
-    """Draws starting latents z ~ N(0, T I) and moves chains whose gradient is zero elsewhere in the reference.
+def start(score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, tries: int = 5) -> tuple[hmc.State, int]:
+    """Draws starting latents from the reference, z ~ N(0, I), anew where the gradient is zero.
 
     Where the gradient vanishes the density is the reference itself, and the chain would show plain noise.
 
@@ -87,8 +85,7 @@ def start(
         score: f, latents [n, *shape] to scores [n].
         shape: Shape of one latent.
         streams: Random streams of the chains.
-        temperature: T > 0.
-        tries: Draws from N(0, I) before giving up.
+        tries: Further draws before giving up.
 
     Returns:
         The chains and the gradients spent.
@@ -96,9 +93,9 @@ def start(
     Raises:
         ValueError: The score is not finite, or some chain found no gradient.
     """
-    z = math.sqrt(temperature) * streams.normal(shape)
+    z = streams.normal(shape)
     for attempt in range(tries + 1):
-        state = hmc.init(score, z, streams, temperature)
+        state = hmc.init(score, z, streams)
         if not state.score.isfinite().all() or not state.grad.isfinite().all():
             raise ValueError(
                 'the score or its gradient is not finite on the starting images: check the weights for NaN'
@@ -125,14 +122,12 @@ def sample_exact(
     state: hmc.State,
     streams: hmc.Streams,
     steps: int,
-    temperature: float = 1.0,
-    tilt: float = 1.0,
     n_leapfrog: int = 8,
     target: float = 0.8,
     kick: hmc.Score | None = None,
     report: Report | None = None,
 ) -> Trace:
-    """Draws from p(z) ∝ exp((tilt · f(z) - |z|²/2) / T) by adjusted HMC.
+    """Draws from p(z) ∝ exp(f(z) - |z|²/2) by adjusted HMC.
 
     Trajectories span at most a quarter period of the reference's oscillator, at which draws from the reference
     alone are independent.
@@ -142,8 +137,6 @@ def sample_exact(
         state: The chains at their start (see `start`).
         streams: Random streams of the chains.
         steps: Budget of gradients per chain: one for the start, then whole trajectories.
-        temperature: T > 0.
-        tilt: Factor on the score.
         n_leapfrog: Gradients per trajectory.
         target: Acceptance that the warm-up adapts to, in (0, 1).
         kick: A cheaper score for the kicks inside a trajectory (see `hmc.leapfrog`).
@@ -164,7 +157,7 @@ def sample_exact(
     step_size = adapt.step_size
     tally = _Tally(state.score)
     for i in range(iterations):
-        state, info = hmc.step(state, score, streams, step_size, n_leapfrog, temperature, tilt, kick=kick)
+        state, info = hmc.step(state, score, streams, step_size, n_leapfrog, kick=kick)
         if i < warmup:
             adapt = adapt.update(info.acceptance, target)
             step_size = (adapt.frozen if i == warmup - 1 else adapt.step_size).clamp(max=longest)
@@ -172,7 +165,7 @@ def sample_exact(
             tally.add(state, info)
         if report:
             report(1 + (i + 1) * n_leapfrog, state, info.acceptance)
-    return tally.trace(state, step_size, torch.full_like(step_size, tilt), 1 + iterations * n_leapfrog)
+    return tally.trace(state, step_size, torch.ones_like(step_size), 1 + iterations * n_leapfrog)
 
 
 class Schedule(NamedTuple):
@@ -184,9 +177,9 @@ class Schedule(NamedTuple):
             the density peaks.
         move: Scale of a kick along the score's gradient, in latent units.
         persistence: Share of the momentum kept from step to step.
-        heat: Share of the budget over which the tilt rises geometrically to its final value.
+        anneal: Share of the budget over which the tilt rises and the temperature falls from 1, both geometrically, to
+            their final values.
         start: Tilt at the start relative to the final one.
-        hot: Temperature at the start relative to the final one, reached geometrically over the same share.
         ramp_up: Share of the budget over which `move` rises linearly at the start.
         ramp_down: Share of the budget over which it falls at the end.
         shift: Largest circular shift, as a share of the image side, at which the score sees the image.
@@ -195,20 +188,19 @@ class Schedule(NamedTuple):
     strength: float = 1.0
     move: float = 0.01
     persistence: float = 0.9
-    heat: float = 0.6
+    anneal: float = 0.6
     start: float = 0.1
-    hot: float = 1.0
     ramp_up: float = 0.1
     ramp_down: float = 0.3
     shift: float = 0.05
 
     def tilt(self, done: float) -> float:
-        """Relative tilt in (0, 1] when the share `done` in [0, 1] of the budget is spent."""
-        return self.start ** max(0.0, 1 - done / self.heat)
+        """Tilt relative to its final value when the share `done` in [0, 1] of the budget is spent."""
+        return self.start ** max(0.0, 1 - done / self.anneal)
 
-    def temperature(self, done: float) -> float:
-        """Relative temperature, 1 at the end."""
-        return self.hot ** max(0.0, 1 - done / self.heat)
+    def temperature(self, done: float, final: float) -> float:
+        """Temperature on the way from the reference's own, 1, to the final one."""
+        return final ** min(1.0, done / self.anneal)
 
     def pace(self, done: float) -> float:
         """Relative size of the moves in (0, 1]."""
@@ -226,6 +218,8 @@ def sample_gallery(
     report: Report | None = None,
 ) -> Trace:
     """Runs Hamiltonian dynamics with partial momentum refreshment and no accept step: pictures, not samples at T = 1.
+
+    The chains start as images of the reference (T = 1) and cool down while the tilt rises.
 
     The step size follows from the gradient: eps² = move / (tilt · RMS(grad f)), so that a kick moves latents by about
     `move` whatever the scale of the score. The score is seen through a random circular shift per chain and step, which
@@ -261,7 +255,7 @@ def sample_gallery(
         final = schedule.strength / rms if tilt is None else torch.full_like(rms, tilt)
         now = final * schedule.tilt(done)
         eps = (schedule.move * schedule.pace(done) / (now * rms)).sqrt().clamp(max=0.5)
-        heat = temperature * schedule.temperature(done)
+        heat = schedule.temperature(done, temperature)
         state, info = hmc.step(state, shifted, streams, eps, 1, heat, now, schedule.persistence, adjust=False)
         rms = 0.95 * rms + 0.05 * _rms(state.grad)
         tally.add(state, info)

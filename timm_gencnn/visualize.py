@@ -22,7 +22,7 @@ from .reference import Reference, White, natural_for
 from .registry import check_checkpoint
 from .samples import Samples, read_metadata, to_rgb
 
-GALLERY_TEMPERATURE = 0.02
+GALLERY_TEMPERATURE = 0.005
 PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
 
 
@@ -294,7 +294,7 @@ class _Run:
                 bar.update(gradients - last[1])
                 last[:] = [time.monotonic(), gradients]
 
-        state, spent = chains.start(score, self.reference.shape, streams, self.temperature)
+        state, spent = chains.start(score, self.reference.shape, streams)
         if self.regime == 'exact':
             kick = rough if self.dtype else None
             trace = chains.sample_exact(score, state, streams, self.steps, kick=kick, report=report)
