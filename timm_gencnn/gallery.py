@@ -44,6 +44,7 @@ LONGEST_SIDE = 720  # pixels of an embedded sheet: about 40 kB of WebP, 100 MB f
 LOSSLESS_SIDE = 256  # below it, lossy compression would show
 PAGE_INTERVAL = 10.0  # seconds between two writes of the page
 PAGE_SHARE = 0.05  # of the time may go into writing the page
+STALE = 3600.0  # seconds after which a half-written file has no writer any more
 
 
 def gallery(
@@ -221,10 +222,12 @@ class _Folder:
         self.images = self.out / 'images'
         self.written, self.took = -math.inf, 0.0
 
-    def open(self, overwrite: bool) -> None:
-        """Reads what is finished, and writes a first page, so that a folder that cannot be written is found at once."""
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """Reads the finished nodes that are not known yet; returns those with another request, and that request."""
         others = []
         for node in self.wanted:
+            if node in self.entries:
+                continue
             try:
                 entry = read_entry(self.images / file_name(node))
             except ValueError:  # not there, or damaged: drawn again
@@ -234,6 +237,11 @@ class _Folder:
                 self.entries[node] = entry
             else:
                 others.append((node, old))
+        return others
+
+    def open(self, overwrite: bool) -> None:
+        """Reads what is finished, and writes a first page, so that a folder that cannot be written is found at once."""
+        others = self.read()
         if others and not overwrite:
             node, old = others[0]
             changed = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in self.request.items() if old.get(k) != v)
@@ -242,8 +250,9 @@ class _Folder:
                 'choose another folder, or overwrite them (--overwrite)'
             )
         self.images.mkdir(parents=True, exist_ok=True)
-        for leftover in self.images.glob('.*.partial'):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for partial in self.images.glob('.*.partial'):  # of a run that was killed while it wrote, not of one beside us
+            if time.time() - partial.stat().st_mtime > STALE:
+                partial.unlink(missing_ok=True)
         self.write_page()
 
     def draw(self, net: nn.Module, settings: dict[str, Any], progress: bool) -> None:
@@ -261,6 +270,7 @@ class _Folder:
                         if time.monotonic() - self.written > max(PAGE_INTERVAL, self.took / PAGE_SHARE):
                             self.write_page()
             finally:
+                self.read()  # Ctrl-C may have come between a node's file and its entry
                 self.write_page()
         except OSError as e:
             finished = sum(bool(entry.image) for entry in self.entries.values())
@@ -391,7 +401,7 @@ def _settings(metadata: dict[str, Any]) -> dict[str, str]:
         'images': f'{s["n"]} of {width} by {height} px',
         'gradients': f'{metadata["diagnostics"]["gradients"]} per image',
         'regime': s['regime'],
-        'reference': str(s['reference']),
+        'reference': str(s.get('reference', 'unnamed')),
         'temperature': _number(s['temperature']),
         'tilt': _number(s['tilt']) if s['tilt'] else f'automatic, {_number(tilts[0])} to {_number(tilts[-1])}',
         'seed': str(s['seed']),
