@@ -71,14 +71,18 @@ def test_a_normalisation_that_describes_no_data_is_not_taken_for_one(mean, std, 
 
 
 def test_bridge_leads_from_images_to_the_reference():
-    """Each bridge image resembles its own image, more or less, and no other; amplitudes vary from image to image."""
+    """Each faded image resembles its own image, more or less, and no other; a covered one is nowhere darker."""
     reference = Natural((1, 28, 28), [0.13], [0.3])
     torch.manual_seed(0)
     images = (torch.rand(200, 1, 28, 28) < 0.13).float()
     bridge = reference.bridge((images - 0.13) / 0.3) * 0.3 + 0.13
+    assert len(bridge) == 400
     assert bridge.min() >= -1e-6
     assert bridge.max() <= 1 + 1e-6
-    field = torch.logit(bridge.clamp(1e-6, 1 - 1e-6)).flatten(1)
+    faded, covered = bridge.split(200)
+    assert ((covered - images) > -0.01).all()
+    assert (covered - images).mean() > 0.03
+    field = torch.logit(faded.clamp(1e-6, 1 - 1e-6)).flatten(1)
     field = field - field.mean(1, keepdim=True)
     data = images.flatten(1) - images.flatten(1).mean(1, keepdim=True)
     own = torch.cosine_similarity(field, data)

@@ -155,25 +155,25 @@ class Natural:
         return (self.pixels(z) - self._mean) / self._std
 
     def bridge(self, images: Tensor) -> Tensor:
-        """Images on the way from given ones to the reference, for the image pool of generative training.
+        """Images between given ones and the reference, for the image pool of generative training.
 
-        In the field behind the sigmoid, an image u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z with
-        a ~ U(0, 0.8), b ~ U(0, 1) and z ~ N(0, I): faded copies under faint to full noise, what a chain meets on its
-        way. The same family of ratios between data and noise serves telescoping density-ratio estimation (Rhodes, Xu,
-        Gutmann, NeurIPS 2020, arXiv 2006.12204).
+        Two of each image, with a, b, c ~ U(0, 1) and z, z' ~ N(0, I). One lies on the way that a chain takes: in the
+        field behind the sigmoid, u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z. The other is the image
+        seen through a reference image, 1 - (1 - pixels) (1 - g(c z')): all is there, and more. Ratios between data and
+        such bridges serve telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS 2020, arXiv 2006.12204).
 
         Args:
             images: Images normalised for the model [n, C, H, W].
 
         Returns:
-            As many images, normalised for the model, drawn with the global generator of their device.
+            Images normalised for the model [2n, C, H, W], drawn with the global generator of their device.
         """
         pixels = (images.float() * self._std + self._mean).clamp(1 / 512, 1 - 1 / 512)
-        share = lambda most: most * torch.rand(len(images), 1, 1, 1, device=images.device)  # noqa: E731
-        a, b = share(0.8), share(1.0)
+        a, b, c = torch.rand(3, len(images), 1, 1, 1, device=images.device)
         noise = (1 - a.square()).sqrt() * b * self.field(torch.randn_like(pixels))
-        x = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + noise)
-        return ((x - self._mean) / self._std).to(images.dtype)
+        faded = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + noise)
+        covered = 1 - (1 - pixels) * (1 - self.pixels(c * torch.randn_like(pixels)))
+        return ((torch.cat([faded, covered]) - self._mean) / self._std).to(images.dtype)
 
     def settings(self) -> dict:
         return {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}

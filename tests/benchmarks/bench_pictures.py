@@ -1,0 +1,107 @@
+"""How good are the pictures? Samples drawn from one network, judged by another that never saw it.
+
+    python tests/benchmarks/bench_pictures.py --classes 40 --n 2 --steps 512 --size 160
+    python tests/benchmarks/bench_pictures.py --tool lucent       # the rival; pip install torch-lucent
+
+Draws class pictures from SqueezeNet and asks MobileNet (../shared/networks): top-1, top-5, median rank of the asked
+class among 1000; the score as a multiple of that of the one real image of the class; the share of saturated pixels; and
+the variety, the feature distance between pictures of a class relative to that between real images of all classes.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from torchvision import transforms as T
+from torchvision.utils import save_image
+
+SHARED = Path(__file__).parents[3] / 'shared'
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+CLASSES = [
+    1, 9, 22, 39, 71, 76, 84, 99, 107, 130, 145, 207, 250, 281, 291, 292, 301, 323, 340, 387,
+    402, 417, 444, 483, 530, 562, 609, 671, 701, 755, 779, 817, 852, 937, 948, 963, 970, 979, 985, 988,
+]  # fmt: skip
+
+
+def normalize(pixels):
+    return T.functional.normalize(pixels, MEAN, STD)
+
+
+def real_images(size):
+    rows = datasets.load_dataset(str(SHARED / 'data/imagenet_1_per_class'), split='validation').sort('label')
+    transform = T.Compose([T.Resize(round(size / 0.875)), T.CenterCrop(size), T.ToTensor()])
+    return torch.stack([transform(rows[c]['image'].convert('RGB')) for c in CLASSES])
+
+
+def ours(model, classes, args):
+    import timm_gencnn
+
+    samples = timm_gencnn.visualize(model, classes, n=args.n, steps=args.steps, size=args.size, seed=args.seed)
+    return samples.images
+
+
+def lucent(model, classes, args):
+    """Its defaults: FFT parameterisation, decorrelated colours, standard transforms; its own image count per class."""
+    from lucent.optvis import objectives, param, render
+
+    pictures = []
+    for c in classes:
+        torch.manual_seed(args.seed)
+        image = lambda: param.image(args.size, batch=args.n)  # noqa: E731
+        out = render.render_vis(
+            model, objectives.channel('classifier_1', c), image, thresholds=(args.steps,), fixed_image_size=args.size,
+            show_image=False, progress=False,
+        )  # fmt: skip
+        pictures.append(torch.from_numpy(out[-1]).permute(0, 3, 1, 2))
+    return torch.cat(pictures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--tool', choices=['ours', 'lucent'], default='ours')
+    parser.add_argument('--classes', type=int, default=40, help='the first so many of the fixed list, evenly spaced')
+    parser.add_argument('--n', type=int, default=2)
+    parser.add_argument('--steps', type=int, default=512)
+    parser.add_argument('--size', type=int, default=160)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--out', help='PNG of all pictures')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sys.path.insert(0, str(SHARED / 'networks'))
+    networks = importlib.import_module('networks')
+    model, judge = networks.squeezenet(), networks.mobilenet_v1()
+    chosen = list(range(0, 40, 40 // args.classes))[: args.classes]
+    classes = [CLASSES[i] for i in chosen]
+
+    began = time.perf_counter()
+    pixels = (ours if args.tool == 'ours' else lucent)(model, classes, args)
+    seconds = time.perf_counter() - began
+    real = real_images(args.size)
+    labels = torch.tensor(classes).repeat_interleave(args.n)
+    with torch.no_grad():
+        score = lambda x: model.classifier[1](model.features(normalize(x))).mean((2, 3))  # noqa: E731, before the ReLU
+        ratio = score(pixels).gather(1, labels[:, None])[:, 0] / score(real[chosen])[
+            range(len(classes)), classes
+        ].repeat_interleave(args.n)
+        logits = judge(normalize(pixels))
+        rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+        feature = lambda x: judge.blocks(judge.stem(normalize(x))).mean((2, 3))  # noqa: E731
+        within = [torch.pdist(f).mean() for f in feature(pixels).split(args.n)] if args.n > 1 else [torch.nan]
+        variety = torch.stack(within).mean() / torch.pdist(feature(real)).mean() if args.n > 1 else torch.nan
+    saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()
+    print(
+        f'{args.tool}: {len(classes)} classes x {args.n}, {args.steps} gradients, {args.size} px: '
+        f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, median rank {rank.median()}, '
+        f'score {ratio.median():.1f} x real, saturated {100 * saturated:.1f} %, variety {variety:.2f}, {seconds:.0f} s'
+    )
+    if args.out:
+        save_image(pixels, args.out, nrow=8 * args.n)
+
+
+if __name__ == '__main__':
+    main()
