@@ -552,20 +552,23 @@ def test_page_asks_nothing_of_the_network(browser: Browser, large: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ('fragment', 'count', 'first'),
+    ('fragment', 'count', 'sections', 'first'),
     [
-        ('#filter=layer7.', 40, 'layer7.conv:0'),
-        ('#filter=CONV:39+layer1', 11, 'layer1.conv:39'),
-        ('#filter=failed', 1, 'layer50.conv:0'),
-        ('#filter=nosuch', 0, None),
+        ('#filter=layer7.', 40, 1, 'layer7.conv:0'),
+        ('#filter=CONV:39+layer1', 11, 11, 'layer1.conv:39'),
+        ('#filter=failed', 1, 1, 'layer50.conv:0'),
+        ('#filter=nosuch', 0, 0, None),
     ],
 )
-def test_address_filters(browser: Browser, large: Path, fragment: str, count: int, first: str | None) -> None:
+def test_address_filters(
+    browser: Browser, large: Path, fragment: str, count: int, sections: int, first: str | None
+) -> None:
     browser.open(large, fragment)
     assert browser.run("document.querySelectorAll('li:not([hidden])').length") == count
     assert browser.run("document.querySelector('li:not([hidden]) .card')?.dataset.node ?? null") == first
     assert browser.run("document.querySelector('#count').value") == f'{count} of 2001'
     assert browser.run("document.querySelector('#nothing').hidden") is (count > 0)
+    assert browser.run("document.querySelectorAll('section:not([hidden])').length") == sections
 
 
 def test_keyboard(browser: Browser, large: Path) -> None:
@@ -626,13 +629,13 @@ def test_hostile_names_are_text(browser: Browser, large: Path, tmp_path: Path) -
     entries = [replace(entry, node=name) for name in HOSTILE]
     entries += [Entry(name, error=f'{name} failed') for name in HOSTILE]
     page = tmp_path / 'hostile.html'
-    page.write_text(render(HOSTILE[1], entries), encoding='utf-8')
+    page.write_text(render(HOSTILE[1] + HOSTILE[2], entries), encoding='utf-8')
     parsed = Page(page.read_text(encoding='utf-8'))
     names = [name.replace('\0', '\ufffd') for name in HOSTILE]
     assert len(parsed.cards) == len(parsed.blobs) == 8
     assert len(parsed.images) == 4
     browser.open(page)
-    assert browser.run('document.title') == f'{HOSTILE[1]} · gallery'
+    assert browser.run('document.title') == f'{HOSTILE[1]}{HOSTILE[2]} · gallery'
     assert browser.run("[...document.querySelectorAll('.card')].map(card => card.dataset.node)") == names * 2
     assert browser.run('document.images.length') == 5
     assert browser.run('document.scripts.length') == 9
