@@ -23,6 +23,7 @@ NATURAL_EXPONENT = 1.25
 NATURAL_PIXEL_MEAN = (0.491, 0.463, 0.413)
 NATURAL_PIXEL_STD = (0.264, 0.258, 0.270)
 WIDEST = 0.7
+BRIDGE_EXPONENT = 0.8
 
 
 class Reference(Protocol):
@@ -125,6 +126,7 @@ class Natural:
         self.centre = as_channels([m for m, _ in fields])
         self._mean, self._std = (as_channels(v) for v in normalize)
         self._spectrum = self.amplitude(height, width, alpha).to(device, torch.float32)
+        self._bridge_spectrum = self.amplitude(height, width, BRIDGE_EXPONENT).to(device, torch.float32)
         self.covariance = spread[:, None] * self.correlation(channels) * spread
         self._mix = torch.linalg.cholesky(self.covariance).to(device, torch.float32)
 
@@ -145,7 +147,10 @@ class Natural:
 
     def field(self, z: Tensor) -> Tensor:
         """K z: the stationary Gaussian field before centring and squashing [n, C, H, W]."""
-        coloured = torch.fft.irfft2(torch.fft.rfft2(z) * self._spectrum.to(z.dtype), s=self.shape[1:])
+        return self._field(z, self._spectrum)
+
+    def _field(self, z: Tensor, spectrum: Tensor) -> Tensor:
+        coloured = torch.fft.irfft2(torch.fft.rfft2(z) * spectrum.to(z.dtype), s=self.shape[1:])
         return torch.einsum('ij,njhw->nihw', self._mix.to(z.dtype), coloured)
 
     def pixels(self, z: Tensor) -> Tensor:
@@ -157,9 +162,10 @@ class Natural:
     def bridge(self, images: Tensor) -> Tensor:
         """Images between given ones and the reference, for the image pool of generative training.
 
-        Two of each image, with a, b, c ~ U(0, 1) and z, z' ~ N(0, I). One lies on the way that a chain takes: in the
+        Two of each image, with a, b, c ~ U(0, 1), z, z' ~ N(0, I) and K as in the reference but for the exponent
+        `BRIDGE_EXPONENT`: details finer than the reference's teach a network to mind them. One image lies on the way that a chain takes: in the
         field behind the sigmoid, u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z. The other is the image
-        seen through a reference image, 1 - (1 - pixels) (1 - g(c z')): all is there, and more. Ratios between data and
+        seen through such noise, 1 - (1 - pixels) (1 - sigmoid(m + c K z')): all is there, and more. Ratios between data and
         such bridges serve telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS 2020, arXiv 2006.12204).
 
         Args:
@@ -170,9 +176,10 @@ class Natural:
         """
         pixels = (images.float() * self._std + self._mean).clamp(1 / 512, 1 - 1 / 512)
         a, b, c = torch.rand(3, len(images), 1, 1, 1, device=images.device)
-        noise = (1 - a.square()).sqrt() * b * self.field(torch.randn_like(pixels))
+        first, second = (self._field(torch.randn_like(pixels), self._bridge_spectrum) for _ in range(2))
+        noise = (1 - a.square()).sqrt() * b * first
         faded = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + noise)
-        covered = 1 - (1 - pixels) * (1 - self.pixels(c * torch.randn_like(pixels)))
+        covered = 1 - (1 - pixels) * (1 - torch.sigmoid(self.centre + c * second))
         return ((torch.cat([faded, covered]) - self._mean) / self._std).to(images.dtype)
 
     def settings(self) -> dict:
