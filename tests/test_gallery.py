@@ -122,6 +122,7 @@ def test_page_has_every_node_with_picture_scores_verdict_and_settings(tmp_path: 
     assert rows['Gradients'] == '8 per image'
     assert f'3 images drawn for conv:1, mean score {sum(scores) / 3:.3g}' == parsed.images[0]['alt']
     assert 'src' not in parsed.images[0]
+    assert (parsed.cards[3]['data-text'] or '').startswith('classes 0')
     assert '4 drawn' in text
     assert not re.search(r'(?:src|href)="(?!data:,)', text)
     assert '://' not in text
@@ -585,6 +586,7 @@ def test_keyboard(browser: Browser, large: Path) -> None:
     assert browser.run(FOCUS) == 'layer0.conv:0'
     browser.press('Enter')
     assert browser.run(OPEN) == 'layer0.conv:0'
+    assert browser.run("document.activeElement == document.querySelector('dialog')")
     browser.until("document.querySelector('.open img').naturalWidth > 0")
     browser.press('j', 'ArrowRight', 'ArrowLeft')
     assert browser.run(OPEN) == 'layer0.conv:1'

@@ -377,7 +377,7 @@ def _card(entry: Entry) -> str:
     else:
         verdict, kind, figure, score = entry.error, 'failed', '<span class="none">not drawn</span>', ''
         data = {'rows': [['Error', entry.error]]}
-    text = html.escape(f'{entry.node} {kind} {verdict}'.lower())
+    text = html.escape(f'{_group(entry.node)} {entry.node} {kind} {verdict}'.lower())
     blob = json.dumps(data).replace('<', '\\u003c')
     return (
         f'<li><button class="card {kind}" data-node="{name}" data-text="{text}">{figure}'
