@@ -164,9 +164,10 @@ class Natural:
 
         Two of each image, with a, b, c ~ U(0, 1), z, z' ~ N(0, I) and K as in the reference but for the exponent
         `BRIDGE_EXPONENT`: details finer than the reference's teach a network to mind them. One image lies on the way
-        that a chain takes: in the field behind the sigmoid, u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z.
-        The other is the image seen through such noise, 1 - (1 - pixels) (1 - sigmoid(m + c K z')): all is there, and
-        more. Ratios between data and such bridges serve telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS 2020, arXiv 2006.12204).
+        that a chain takes: in the field behind the sigmoid, u = logit(pixels) becomes
+        m + a (u - m) + sqrt(1 - a²) b K z. The other is the image seen through such noise,
+        1 - (1 - pixels) (1 - sigmoid(m + c K z')): all is there, and more. Ratios between data and such bridges serve
+        telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS 2020, arXiv 2006.12204).
 
         Args:
             images: Images normalised for the model [n, C, H, W].

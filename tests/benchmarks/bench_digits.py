@@ -2,11 +2,12 @@
 
     gencnn train -c resnet_mnist --dataset hfds/../shared/data/mnist --seed 7 --experiment judge_resnet
     gencnn train -c lenet_mnist --dataset hfds/../shared/data/mnist --phase DG --seed 1 --experiment judge_lenet
-    python tests/benchmarks/bench_digits.py output/train/judge_*/last.pth.tar --data ../shared/data/mnist
+    python tests/benchmarks/bench_digits.py --data ../shared/data/mnist \
+        test_resnet=output/train/judge_resnet/last.pth.tar lenet=output/train/judge_lenet/last.pth.tar
 
-Draws 10 low-temperature samples of each class at 500 image gradients a chain. Prints, for each judge, the share that it
-names as the asked class, and the variety: the mean distance of the judge's features between samples of a class, relative
-to that between real test digits of the class.
+Draws 10 low-temperature samples of each class at 500 image gradients a chain. Prints, for each judge, the share that
+it names as the asked class, and the variety: the mean distance of the judge's features between samples of a class,
+relative to that between real test digits of the class.
 """
 
 import argparse
@@ -19,21 +20,13 @@ from torchvision.transforms.functional import pil_to_tensor
 import timm_gencnn
 
 
-def load(path):
-    checkpoint = torch.load(path, weights_only=False)
-    args = checkpoint['args']
-    model = timm.create_model(args.model, in_chans=1, num_classes=10)
-    model.load_state_dict(checkpoint['state_dict'])
-    return args.model, model.eval()
-
-
 def spread(features):
     return torch.pdist(features).mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('judges', nargs='+')
+    parser.add_argument('judges', nargs='+', metavar='ARCH=CHECKPOINT')
     parser.add_argument('--model', default='gencnn_lenet.gg_dg_mnist')
     parser.add_argument('--data', required=True)
     parser.add_argument('--n', type=int, default=10)
@@ -57,14 +50,13 @@ def main() -> None:
         usual = torch.stack([scores[labels == c].median() for c in range(10)])[asked]
         drawn = torch.tensor(samples.diagnostics['score'])
         print(f'score: median {drawn.median():.2f}, of real digits {usual.median():.2f}')
-        for path in args.judges:
-            name, judge = load(path)
-            feature = lambda x, judge=judge: judge.forward_head(judge.forward_features(x), pre_logits=True)
+        for arch, path in (judge.split('=') for judge in args.judges):
+            judge = timm.create_model(arch, in_chans=1, num_classes=10, checkpoint_path=path).eval()
             x = normalize(samples.images[:, :1])
             right = (judge(x).argmax(1) == asked).float().mean().item()
-            f, f_real = feature(x), feature(normalize(real))
+            f, f_real = (judge.forward_head(judge.forward_features(v), pre_logits=True) for v in (x, normalize(real)))
             variety = sum(spread(f[asked == c]) / spread(f_real[labels == c]) for c in range(10)) / 10
-            print(f'{name} ({path}): {100 * right:.0f} % named right, variety {variety:.2f} of real digits')
+            print(f'{arch}: {100 * right:.0f} % named right, variety {variety:.2f} of real digits')
 
 
 if __name__ == '__main__':
