@@ -76,10 +76,12 @@ def test_bridge_leads_from_images_to_the_reference():
     torch.manual_seed(0)
     images = (torch.rand(200, 1, 28, 28) < 0.13).float()
     bridge = reference.bridge((images - 0.13) / 0.3) * 0.3 + 0.13
-    assert len(bridge) == 400
+    assert len(bridge) == 600
     assert bridge.min() >= -1e-6
     assert bridge.max() <= 1 + 1e-6
-    faded, covered = bridge.split(200)
+    noisy, faded, covered = bridge.split(200)
+    noise = (noisy - images)[images == 0]  # clamped at 0: half of a normal law of random width
+    assert 0.01 < noise.mean() < 0.04
     assert ((covered - images) > -0.01).all()
     assert (covered - images).mean() > 0.03
     field = torch.logit(faded.clamp(1e-6, 1 - 1e-6)).flatten(1)

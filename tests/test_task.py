@@ -217,6 +217,17 @@ def test_unlabeled_images_enter_the_softmax_only():
     torch.testing.assert_close(make(phase='DG')(x, target, unlabeled=extra), make(phase='DG')(x, target))
 
 
+def test_bridge_gives_the_images_to_learn_and_more_of_the_pool():
+    x, target = batch()
+    task = make(bridge=lambda images: torch.cat([images + 1, -images, 2 * images]))
+    result = task(x, target)
+    first, pool = task.trainable_module(x + 1), task.trainable_module(torch.cat([-x, 2 * x]))
+    torch.testing.assert_close(result['output'], first)
+    torch.testing.assert_close(result['loss'], GenerativeLoss()(first, target, pool=pool))
+    discriminative = make(phase='DG', bridge=lambda images: torch.cat([images + 1, -images]))
+    torch.testing.assert_close(discriminative(x, target), make(phase='DG')(x, target))
+
+
 def test_queue_holds_the_last_logits_detached():
     task = make(queue=24)
     outputs = [task(*batch(i))['output'] for i in range(3)]

@@ -186,13 +186,13 @@ class Schedule(NamedTuple):
     """
 
     strength: float = 1.0
-    move: float = 0.01
+    move: float = 0.03
     persistence: float = 0.9
     anneal: float = 0.6
     start: float = 0.1
     ramp_up: float = 0.1
     ramp_down: float = 0.3
-    shift: float = 0.05
+    shift: float = 0.08
 
     def tilt(self, done: float) -> float:
         """Tilt relative to its final value when the share `done` in [0, 1] of the budget is spent."""

@@ -24,6 +24,7 @@ NATURAL_PIXEL_MEAN = (0.491, 0.463, 0.413)
 NATURAL_PIXEL_STD = (0.264, 0.258, 0.270)
 WIDEST = 0.7
 BRIDGE_EXPONENT = 0.8
+DATA_NOISE = 0.1
 
 
 class Reference(Protocol):
@@ -162,26 +163,31 @@ class Natural:
     def bridge(self, images: Tensor) -> Tensor:
         """Images between given ones and the reference, for the image pool of generative training.
 
-        Two of each image, with a, b, c ~ U(0, 1), z, z' ~ N(0, I) and K as in the reference but for the exponent
-        `BRIDGE_EXPONENT`: details finer than the reference's teach a network to mind them. One image lies on the way
-        that a chain takes: in the field behind the sigmoid, u = logit(pixels) becomes
-        m + a (u - m) + sqrt(1 - a²) b K z. The other is the image seen through such noise,
-        1 - (1 - pixels) (1 - sigmoid(m + c K z')): all is there, and more. Ratios between data and such bridges serve
-        telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS 2020, arXiv 2006.12204).
+        First the images themselves under faint Gaussian noise, of standard deviation U(0, `DATA_NOISE`) in pixels: else
+        a network tells them from the others by their clean pixels and need not look at shapes.
+
+        Then two of each image, with a, b, c ~ U(0, 1), z, z' ~ N(0, I) and K as in the reference but for the exponent
+        `BRIDGE_EXPONENT`: details finer than the reference's teach a network to mind them. One lies on the way that a
+        chain takes: in the field behind the sigmoid, u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z. The
+        other is the image seen through such noise, 1 - (1 - pixels) (1 - sigmoid(m + c K z')): all is there, and more.
+        Ratios between data and such bridges serve telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS
+        2020, arXiv 2006.12204).
 
         Args:
             images: Images normalised for the model [n, C, H, W].
 
         Returns:
-            Images normalised for the model [2n, C, H, W], drawn with the global generator of their device.
+            Images normalised for the model [3n, C, H, W], the first n those to learn, drawn with the global generator
+            of their device.
         """
         pixels = (images.float() * self._std + self._mean).clamp(1 / 512, 1 - 1 / 512)
-        a, b, c = torch.rand(3, len(images), 1, 1, 1, device=images.device)
+        a, b, c, d = torch.rand(4, len(images), 1, 1, 1, device=images.device)
+        noisy = (images.float() * self._std + self._mean + DATA_NOISE * d * torch.randn_like(pixels)).clamp(0, 1)
         first, second = (self._field(torch.randn_like(pixels), self._bridge_spectrum) for _ in range(2))
         noise = (1 - a.square()).sqrt() * b * first
         faded = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + noise)
         covered = 1 - (1 - pixels) * (1 - torch.sigmoid(self.centre + c * second))
-        return ((torch.cat([faded, covered]) - self._mean) / self._std).to(images.dtype)
+        return ((torch.cat([noisy, faded, covered]) - self._mean) / self._std).to(images.dtype)
 
     def settings(self) -> dict:
         return {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}

@@ -50,9 +50,9 @@ class GenerativeTask(ClassificationTask):
         queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
             E_p[grad f] is missing, so that the scores of all images drift upwards, and their logits are as stale as the
             queue is long. Needs a small learning rate.
-        bridge: Makes further pool images of a batch, [n, C, H, W] -> [m, C, H, W], such as `Natural.bridge`: q is then
-            the mixture of the training images and of those. Without it nothing tells the network what an image is not,
-            and pictures of its nodes need not look like images.
+        bridge: Makes of a batch [n, C, H, W] the n images to learn and, behind them, further images of the pool
+            [n + m, C, H, W], such as `Natural.bridge`: q is then the mixture of all. Without it nothing tells the
+            network what an image is not, and pictures of its nodes need not look like images.
         running_log_z: Weigh the images of a batch by exp(f_y - running log Z_y) / n instead of by a softmax over the
             batch, as SogCLR does. Biased by the lag of the running mean, less biased than a small batch.
         momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1]; the first 1/momentum batches
@@ -139,8 +139,8 @@ class GenerativeTask(ClassificationTask):
             self.steps += 1
             return super().forward(input, target)
 
-        images = [input, *([] if unlabeled is None else [unlabeled]), *([self.bridge(input)] if self.bridge else [])]
-        logits = self.trainable_module(torch.cat(images) if len(images) > 1 else input)
+        images = self.bridge(input) if self.bridge else input
+        logits = self.trainable_module(images if unlabeled is None else torch.cat([images, unlabeled]))
         output, pool = logits[: len(input)], logits[len(input) :]
         if self.queue is not None:
             pool = torch.cat([pool, self.queue])
