@@ -69,6 +69,11 @@ def main() -> None:
         log_z = model.log_z
         model.half().set_log_z(log_z)  # log Z itself stays in float32
 
+    command = f'gencnn train -c {run.config} --dataset hfds/{args.dataset} --phase {run.phase} --seed {run.seed}'
+    if run.hybrid:
+        command += f' --hybrid {run.hybrid}'
+    if run.pool_reference:
+        command += ' --pool-reference'
     last = list(csv.DictReader((Path(args.checkpoint).parent / 'summary.csv').open()))[-1]
     path = zoo.save(
         as_generative(model),
@@ -79,7 +84,7 @@ def main() -> None:
             **{'test_error': round(error, 2), 'test_nll': round(nll, 4), 'train_loss': float(last['train_loss'])},
         },
         recipe={
-            'command': f'gencnn train -c {run.config} --phase {run.phase} --seed {run.seed}',
+            'command': command,
             'seed': run.seed,
             'phase': run.phase,
             'settings': {k: v for k, v in vars(run).items() if k in SETTINGS},
@@ -100,7 +105,7 @@ def main() -> None:
 
 SETTINGS = (
     'batch_size', 'epochs', 'gen_epochs', 'opt', 'lr', 'disc_lr', 'momentum', 'weight_decay', 'sched', 'decay_epochs',
-    'decay_rate', 'amp', 'amp_dtype', 'no_aug', 'smoothing',
+    'decay_rate', 'amp', 'amp_dtype', 'no_aug', 'smoothing', 'hybrid', 'pool_reference',
 )  # fmt: skip
 
 if __name__ == '__main__':

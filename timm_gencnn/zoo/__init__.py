@@ -117,4 +117,5 @@ def save(
         Path(new, 'record.json').write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
         name = f'{architecture}.{tag}'
         os.replace(Path(new, 'record.json'), folder / f'{name}.json')
+        weights.chmod(0o644)  # safetensors writes for the owner alone
         return weights.replace(folder / f'{name}.safetensors')
