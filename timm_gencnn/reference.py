@@ -166,12 +166,12 @@ class Natural:
         First the images themselves under faint Gaussian noise, of standard deviation U(0, `DATA_NOISE`) in pixels: else
         a network tells them from the others by their clean pixels and need not look at shapes.
 
-        Then two of each image, with a, b, c ~ U(0, 1), z, z' ~ N(0, I) and K as in the reference but for the exponent
-        `BRIDGE_EXPONENT`: details finer than the reference's teach a network to mind them. One lies on the way that a
-        chain takes: in the field behind the sigmoid, u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z. The
-        other is the image seen through such noise, 1 - (1 - pixels) (1 - sigmoid(m + c K z')): all is there, and more.
-        Ratios between data and such bridges serve telescoping density-ratio estimation (Rhodes, Xu, Gutmann, NeurIPS
-        2020, arXiv 2006.12204).
+        Then, with a, b, c ~ U(0, 1), z, z' ~ N(0, I) and K as in the reference but for the exponent `BRIDGE_EXPONENT`
+        (details finer than the reference's teach a network to mind them), each image on the way that a chain takes: in
+        the field behind the sigmoid, u = logit(pixels) becomes m + a (u - m) + sqrt(1 - a²) b K z. Then one half of the
+        images seen through the noise r = sigmoid(m + c K z'), 1 - (1 - pixels) (1 - r): all is there, and more; and in
+        place of the other half r itself. Ratios between data and such bridges serve telescoping density-ratio
+        estimation (Rhodes, Xu, Gutmann, NeurIPS 2020, arXiv 2006.12204).
 
         Args:
             images: Images normalised for the model [n, C, H, W].
@@ -184,10 +184,11 @@ class Natural:
         a, b, c, d = torch.rand(4, len(images), 1, 1, 1, device=images.device)
         noisy = (images.float() * self._std + self._mean + DATA_NOISE * d * torch.randn_like(pixels)).clamp(0, 1)
         first, second = (self._field(torch.randn_like(pixels), self._bridge_spectrum) for _ in range(2))
-        noise = (1 - a.square()).sqrt() * b * first
-        faded = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + noise)
-        covered = 1 - (1 - pixels) * (1 - torch.sigmoid(self.centre + c * second))
-        return ((torch.cat([noisy, faded, covered]) - self._mean) / self._std).to(images.dtype)
+        faint = (1 - a.square()).sqrt() * b * first
+        faded = torch.sigmoid(self.centre + a * (torch.logit(pixels) - self.centre) + faint)
+        noise = torch.sigmoid(self.centre + c * second)
+        covered = 1 - (1 - pixels[::2]) * (1 - noise[::2])
+        return ((torch.cat([noisy, faded, covered, noise[1::2]]) - self._mean) / self._std).to(images.dtype)
 
     def settings(self) -> dict:
         return {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}
