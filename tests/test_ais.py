@@ -56,6 +56,14 @@ def test_chains_that_do_not_move_give_plain_importance_sampling_and_an_honest_er
     assert still.ess < moved.ess / 3
 
 
+def test_mean_weight_is_z_at_any_number_of_levels():
+    """E[w] = Z exactly, with three crude levels too; a weight taken at the wrong side of a move would be biased."""
+    small = lambda z: 0.5 * linear(z)  # noqa: E731
+    got = ais.log_z(small, (1, 4, 4), hmc.Streams(0, range(3000)), levels=3, n_leapfrog=2)
+    assert abs(got.log_z - 0.25 * A.square().sum().item() / 2) < 3 * got.standard_error
+    assert got.standard_error < 0.04
+
+
 def test_cost_is_counted():
     calls = 0
 
@@ -64,7 +72,7 @@ def test_cost_is_counted():
         calls += 1
         return linear(z)
 
-    assert ais.log_z(score, (1, 4, 4), hmc.Streams(0, range(2)), levels=10, n_leapfrog=3).gradients == calls == 31
+    assert ais.log_z(score, (1, 4, 4), hmc.Streams(0, range(2)), levels=10, n_leapfrog=3).gradients == calls == 28
 
 
 @pytest.mark.parametrize(('chains', 'levels'), [(1, 10), (4, 1)])

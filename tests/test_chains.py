@@ -1,6 +1,7 @@
 """The two regimes: the exact one against known laws, the gallery one for its bookkeeping."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def begin(score, n, seed=0):
 def test_exact_chains_have_the_mean_and_spread_of_the_linear_case():
     """exp(<a, z>) N(0, I) = N(a, I), so f ~ N(|a|², |a|²)."""
     state, streams, _ = begin(linear, 200)
-    trace = chains.sample_exact(linear, state, streams, steps=400)
+    trace = chains.sample_exact(linear, state, streams, steps=800)
     norm2 = A.square().sum().item()
     draws = trace.scores.double()
     error = math.sqrt(norm2 / diagnostics.ess(draws))
@@ -34,6 +35,85 @@ def test_exact_chains_have_the_mean_and_spread_of_the_linear_case():
     assert stats.kstest(trace.scores[-1].numpy(), 'norm', (norm2, math.sqrt(norm2))).pvalue > 1e-3
     assert stats.kstest(trace.scores[-1].numpy(), 'norm', (0.0, math.sqrt(norm2))).pvalue < 1e-3  # the reference's law
     assert diagnostics.r_hat(draws) < 1.01
+
+
+@pytest.mark.parametrize('c', [3, 30])
+def test_narrow_directions_do_not_resonate(c):
+    """N(0, I / (1 + c)): a quarter period of the reference is half a period of it at c = 3."""
+    score = lambda z: -c * z.square().sum((1, 2, 3)) / 2  # noqa: E731
+    state, streams, _ = begin(score, 40)
+    trace = chains.sample_exact(score, state, streams, steps=800)
+    assert diagnostics.r_hat(trace.scores) < 1.2
+    exact = -c * 36 / (1 + c) / 2
+    assert trace.scores.mean().item() == pytest.approx(exact, rel=0.05)
+
+
+def test_restarts_leave_the_other_chains_alone():
+    """A chain draws the same numbers whichever others are dead beside it."""
+    score = lambda z: torch.relu(z[:, 0, 0, 0] - 0.3)  # noqa: E731, dead on six of ten starts
+    with pytest.warns(UserWarning, match='dead unit'):
+        together, _ = chains.start(score, SHAPE, hmc.Streams(0, range(8)), tries=60)
+    restarted = 0
+    for i in range(8):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            alone, _ = chains.start(score, SHAPE, hmc.Streams(0, [i]), tries=60)
+        restarted += bool(caught)
+        assert torch.equal(alone.z[0], together.z[i])
+        assert torch.equal(alone.p[0], together.p[i])
+    assert 0 < restarted < 8
+
+
+@pytest.mark.parametrize('done', [0.0, 0.3, 0.6, 1.0])
+def test_schedule_anneals_tilt_and_temperature_together(done):
+    schedule = chains.Schedule(start=0.01, anneal=0.6)
+    share = min(1.0, done / 0.6)
+    assert schedule.tilt(done) == pytest.approx(0.01 ** (1 - share))
+    assert schedule.temperature(done, 1e-4) == pytest.approx(1e-4**share)
+    assert 0 <= schedule.pace(done) <= 1
+    assert schedule.pace(0.5) == 1 > schedule.pace(0.99) > 0
+
+
+def test_gallery_passes_its_schedule_to_the_kernel():
+    seen = []
+    original = hmc.step
+
+    def spy(state, score, streams, step_size, n_leapfrog, temperature, tilt, persistence, adjust):
+        seen.append((temperature, tilt[0].item(), persistence, adjust))
+        return original(state, score, streams, step_size, n_leapfrog, temperature, tilt, persistence, adjust)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hmc, 'step', spy)
+        state, streams, _ = begin(linear, 2)
+        trace = chains.sample_gallery(linear, state, streams, 50, temperature=0.01, tilt=7.0)
+    temperatures, tilts, persistence, adjust = zip(*seen, strict=True)
+    assert temperatures[0] > 0.8
+    assert temperatures[-1] == pytest.approx(0.01)
+    assert tilts[0] < 1
+    assert tilts[-1] == trace.tilt[0].item() == 7.0
+    assert set(persistence) == {0.9}
+    assert set(adjust) == {False}
+
+
+def test_gallery_sees_the_image_through_shifts():
+    """The score of one pixel alone pulls up its neighbours too, and they only because of the shifts."""
+    corner = lambda z: z[:, 0, 0, 0]  # noqa: E731
+    heights = []
+    for shift in (0.0, 0.2):
+        state, streams, _ = begin(corner, 4)
+        schedule = chains.Schedule(shift=shift)
+        z = chains.sample_gallery(corner, state, streams, 200, temperature=0.001, schedule=schedule).z
+        heights.append(z[:, 0, 1, 0].mean().item())
+    assert heights[1] > heights[0] + 0.3
+
+
+def test_divergences_are_summed_over_the_kept_draws():
+    cliff = lambda z: torch.where(linear(z) < 3, linear(z), torch.nan)  # noqa: E731
+    streams = hmc.Streams(0, range(4))
+    z = 0.1 * streams.normal(SHAPE)
+    trace = chains.sample_exact(cliff, hmc.init(cliff, z, streams), streams, steps=400)
+    assert trace.divergences.sum() > 10
+    assert trace.scores.isfinite().all()
 
 
 @pytest.mark.parametrize('steps', [65, 100, 257])
@@ -64,6 +144,8 @@ def test_step_size_is_frozen_after_warm_up():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hmc, 'step', spy)
+        half = lambda self, shape=(), dtype=None: torch.full((len(self), *shape), 0.5, dtype=dtype)  # noqa: E731
+        patch.setattr(hmc.Streams, 'uniform', half)  # no jitter
         state, streams, _ = begin(curved, 4)
         chains.sample_exact(curved, state, streams, steps=401)
     warmup, kept = seen[: len(seen) // 2], seen[len(seen) // 2 :]

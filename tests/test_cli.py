@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
+import timm_gencnn
 from timm_gencnn import cli
+from timm_gencnn.reference import Natural
 from timm_gencnn.samples import read_metadata
 
 LENET = 'gencnn_lenet.gg_dg_mnist'
@@ -40,6 +43,33 @@ def test_like_repeats_a_picture_bit_for_bit(tmp_path):
         assert first.tobytes() == second.tobytes()
 
 
+def test_like_keeps_to_white_noise_at_temperature_1_and_to_the_size(tmp_path):
+    a, b = tmp_path / 'a.png', tmp_path / 'b.png'
+    args = ['visualize', LENET, 'conv1:3', '-n', '2', '--steps', '80', '--temperature', '1', '--reference', 'white']
+    assert cli.main([*args, '--size', '28', '--out', str(a)]) == 0
+    assert cli.main(['visualize', '--like', str(a), '--out', str(b)]) == 0
+    assert read_metadata(b)['settings'] == read_metadata(a)['settings']
+    with Image.open(a) as first, Image.open(b) as second:
+        assert first.tobytes() == second.tobytes()
+
+
+def test_like_refuses_what_it_cannot_repeat(tmp_path, capsys):
+    """Other weights, or a reference of one's own: an error, not another picture."""
+    model = timm.create_model(LENET, pretrained=True).eval()
+    own = timm_gencnn.visualize(
+        model, 3, n=1, steps=8, reference=Natural((1, 28, 28), [0.5], [0.2], alpha=0.5), progress=False
+    )
+    with torch.no_grad():
+        model.fc2.bias += 1
+    other = timm_gencnn.visualize(model, 3, n=1, steps=8, progress=False)
+    for samples, message in [(own, 'would differ'), (other, 'other weights')]:
+        samples.settings['model'] = LENET
+        path = samples.save(tmp_path / 'x.png')
+        assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'y.png')]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / 'y.png').exists()
+
+
 def test_exact_regime_and_animation(tmp_path, capsys):
     out = tmp_path / 'x.png'
     args = ['visualize', LENET, 'conv2:3', '-n', '2', '--steps', '80', '--temperature', '1', '--reference', 'white']
@@ -56,6 +86,10 @@ def test_exact_regime_and_animation(tmp_path, capsys):
         (['visualize', LENET, '11'], '11'),
         (['visualize', LENET, '3', '--out', 'x.jpg'], '.png'),
         (['visualize', LENET, '3', '--steps', '0'], 'steps must be'),
+        (['visualize', LENET, '3', '-n', '0'], 'n must be'),
+        (['visualize', LENET, '3', '--device', 'foo'], "device 'foo' cannot be used"),
+        (['visualize', LENET, '3', '--animate', 'x.mp4'], '.gif or .webp'),
+        (['visualize', '--like', 'nothing.png', '--seed', '3'], 'leave out seed'),
         (['visualize', '--like', 'nothing.png'], 'nothing.png'),
         (['visualize', LENET, '3', '--checkpoint', 'nothing.pth'], 'nothing.pth'),
     ],

@@ -181,6 +181,44 @@ def test_geweke_joint_distribution():
     assert p_value(1.25) < 1e-3
 
 
+def test_rejected_persistent_momenta_are_flipped():
+    """Many transitions with persistent momenta and many rejections: without the flip the law is spoiled."""
+    generator = torch.Generator().manual_seed(2)
+    n = 100_000
+    streams = SharedStream(3, n)
+    state = hmc.init(quartic, exact_quartic(n, generator)[:, None], streams)
+    start = state
+    for _ in range(8):
+        state, info = hmc.step(state, quartic, streams, torch.full((n,), 1.1), 2, persistence=0.9)
+    assert info.accepted.double().mean() < 0.9
+    assert quartic_p_value(state.z[:, 0]) > 1e-3
+    after, info = hmc.step(start, quartic, streams, torch.full((n,), 1.1), 2, persistence=1 - 1e-9)
+    rejected = ~info.accepted
+    assert torch.allclose(after.p[rejected], -start.p[rejected], atol=1e-3)
+
+
+def test_energies_are_summed_in_float64():
+    z = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    state = hmc.State(z, z, torch.zeros(1), z)
+    exact = hmc.hamiltonian(hmc.State(z.double(), z.double(), torch.zeros(1), z.double()))
+    assert hmc.hamiltonian(state).dtype == torch.float64
+    assert abs(hmc.hamiltonian(state) - exact) < 1e-6 * exact
+
+
+def test_a_cheap_kick_serves_inside_the_trajectory_only():
+    """The ends and the accept test see the true score, so that the law is kept however rough the kick is."""
+    true, rough = Counted(quartic), Counted(lambda z: 0.8 * quartic(z))
+    streams = hmc.Streams(1, range(4))
+    state = hmc.init(quartic, streams.normal((DIM,), torch.float64), streams)
+    eps = torch.full((4,), 0.3, dtype=torch.float64)
+    end = hmc.leapfrog(state, true, eps, 5, kick=rough)
+    assert (true.calls, rough.calls) == (1, 4)
+    assert torch.equal(end.score, quartic(end.z))
+    back = hmc.leapfrog(end._replace(p=-end.p), true, eps, 5, kick=rough)
+    assert (back.z - state.z).abs().max() < 1e-10
+    assert (end.z - hmc.leapfrog(state, quartic, eps, 5).z).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize('n_leapfrog', [1, 3, 8])
 def test_a_trajectory_costs_exactly_its_gradients(n_leapfrog):
     score = Counted(quartic)

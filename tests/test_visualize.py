@@ -54,7 +54,7 @@ def quick(model, node, **kwargs):
 
 def test_exact_regime_samples_the_model(linear):
     """Class c under white noise is N(w_c, I): score mean |w_c|² and variance |w_c|², for each of three nodes."""
-    samples = visualize(linear, [0, 1, 2], n=60, steps=800, reference='white', temperature=1, progress=False)
+    samples = visualize(linear, [0, 1, 2], n=60, steps=1600, reference='white', temperature=1, progress=False)
     assert samples.settings['regime'] == 'exact'
     for c, scores in enumerate(samples.trace.split(60, dim=1)):
         norm2 = linear.weight[c].detach().square().sum().item()
@@ -273,6 +273,9 @@ def test_verdict(args, words):
         ({'reference': 'pink'}, "unknown reference 'pink'"),
         ({'reference': White((3, 8, 8))}, r'\(3, 8, 8\), the model takes \(1, 28, 28\)'),
         ({'size': 7}, '7'),
+        ({'device': 'foo'}, "device 'foo' cannot be used"),
+        ({'dtype': torch.float64}, 'dtype must be'),
+        ({'dtype': 'bfloat16'}, 'dtype must be'),
     ],
 )
 def test_bad_numbers_are_refused_by_name(lenet, kwargs, message):
@@ -295,6 +298,52 @@ def test_bad_numbers_are_refused_by_name(lenet, kwargs, message):
 def test_bad_nodes_are_refused(lenet, node, message):
     with pytest.raises(ValueError, match=message):
         quick(lenet, node)
+
+
+def test_a_frozen_node_is_not_hidden_by_a_good_one(linear):
+    """NaN diagnostics of any node reach the verdict, whatever its place in the list."""
+    still = lambda x: 0 * x.sum((1, 2, 3)) + 1e-30 * x[:, 0, 0, 0]  # noqa: E731
+    for nodes in ([0, still], [still, 0]):
+        samples = visualize(linear, nodes, n=4, steps=200, temperature=1, progress=False)
+        assert math.isnan(samples.diagnostics['r_hat']) or samples.diagnostics['ess'] < 400
+        assert 'converged (' not in samples.verdict
+
+
+def test_model_must_be_a_module():
+    with pytest.raises(ValueError, match='got NoneType'):
+        quick(None, 3)
+
+
+def test_explicit_tilt_and_temperature_are_used(lenet):
+    assert quick(lenet, 3, tilt=7.0).diagnostics['tilt'] == [7.0, 7.0]
+    assert len(set(quick(lenet, 3).diagnostics['tilt'])) == 2  # automatic: each chain its own
+    warm, cold = (quick(lenet, 3, n=8, steps=60, temperature=t, tilt=1.5) for t in (0.5, 0.005))
+    roughness = lambda s: s.images.diff(dim=-1).abs().mean()  # noqa: E731
+    assert roughness(warm) > 1.3 * roughness(cold)
+
+
+@pytest.mark.parametrize(('temperature', 'inside'), [(1, True), (None, False)])
+def test_dtype_reaches_the_kicks_and_never_the_accept_test(lenet, temperature, inside):
+    """Under autocast a convolution's output is bfloat16; the score that is accepted on stays float32."""
+    seen = []
+    handle = lenet.conv1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    try:
+        quick(lenet, 3, steps=70, temperature=temperature, dtype=torch.bfloat16)
+    finally:
+        handle.remove()
+    rough, exact = seen.count(torch.bfloat16), seen.count(torch.float32)
+    if inside:  # 8 trajectories of 8 steps: 7 rough kicks and 1 exact gradient each
+        assert rough == 56
+        assert exact >= 9
+    else:
+        assert rough == 69
+
+
+@pytest.mark.parametrize(('frames', 'temperature'), [(1, 1), (5, 1), (5, None)])
+def test_frames_end_with_the_final_images(lenet, frames, temperature):
+    samples = quick(lenet, 3, steps=80, frames=frames, temperature=temperature)
+    assert len(samples.frames) == frames
+    assert torch.equal(samples.frames[-1], samples.images)
 
 
 def test_train_mode_is_refused(lenet):

@@ -60,11 +60,13 @@ def log_z(
         step_size: Step size in radians; None is an eighth of a period per trajectory.
 
     Returns:
-        The estimate; costs 1 + levels · n_leapfrog gradients per chain.
+        The estimate; costs 1 + (levels - 1) · n_leapfrog gradients per chain.
 
     Raises:
         ValueError: Fewer than two chains or levels, or a score that is not finite.
     """
+    if n_leapfrog < 1:
+        raise ValueError(f'n_leapfrog={n_leapfrog}: a trajectory needs at least one gradient')
     if len(streams) < 2 or levels < 2:
         raise ValueError(f'{len(streams)} chains and {levels} levels given: a standard error needs at least 2 of each')
     eps = math.pi / 4 / n_leapfrog if step_size is None else step_size
@@ -77,8 +79,9 @@ def log_z(
     tilts = [(k / levels) ** 2 for k in range(levels + 1)]
     for low, high in pairwise(tilts):
         log_weights += (high - low) * state.score.double()
-        state, info = hmc.step(state, score, streams, sizes, n_leapfrog, tilt=high)
-        acceptance += info.acceptance
+        if high < 1:
+            state, info = hmc.step(state, score, streams, sizes, n_leapfrog, tilt=high)
+            acceptance += info.acceptance
     n = len(streams)
     w = (log_weights - log_weights.max()).exp()
     return LogZ(
@@ -86,6 +89,6 @@ def log_z(
         (w.std() / w.mean() / math.sqrt(n)).item(),
         (w.sum().square() / w.square().sum()).item(),
         log_weights,
-        (acceptance.mean() / levels).item(),
-        1 + levels * n_leapfrog,
+        (acceptance.mean() / (levels - 1)).item(),
+        1 + (levels - 1) * n_leapfrog,
     )

@@ -51,7 +51,7 @@ def r_hat(draws: Tensor) -> float:
     """
     draws = split(_check(draws))
     folded = (draws - draws.median()).abs()
-    return max(_basic_r_hat(rank_normalize(draws)).item(), _basic_r_hat(rank_normalize(folded)).item())
+    return torch.maximum(_basic_r_hat(rank_normalize(draws)), _basic_r_hat(rank_normalize(folded))).item()
 
 
 def _autocovariance(draws: Tensor) -> Tensor:

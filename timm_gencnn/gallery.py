@@ -33,7 +33,18 @@ from torch import nn
 
 from .nodes import expand, resolve
 from .samples import read_metadata, write_atomically
-from .visualize import _check, _describe, _regime, load_model, make_reference, visualize
+from .visualize import (
+    _check,
+    _describe,
+    _regime,
+    add_sampling_arguments,
+    default_device,
+    load_model,
+    make_reference,
+    sampling_arguments,
+    visualize,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -128,16 +139,7 @@ def _request(net: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(request['reference'], str):
         request['reference'] = request['reference'].settings()
     request['dtype'] = request['dtype'] and str(request['dtype']).removeprefix('torch.')
-    return json.loads(json.dumps(request | {'weights': fingerprint(net)}))
-
-
-def fingerprint(net: nn.Module) -> str:
-    """A digest of a network's state dict: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return json.loads(json.dumps(request | {'weights': weights_digest(net)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,20 +455,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', required=True, metavar='DIR', help='folder of the page; a run there is taken up again')
     parser.add_argument('--overwrite', action='store_true', help='draw nodes again that DIR has with other settings')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
-    parser.add_argument('-n', type=int, default=4, help='images per node (default: %(default)s)')
-    parser.add_argument('--steps', type=int, default=512, help='image gradients per image (default: %(default)s)')
-    parser.add_argument('--reference', default='natural', choices=['natural', 'white'])
-    parser.add_argument('--temperature', type=float, help='1 with --tilt 1: exact samples of the model')
-    parser.add_argument('--tilt', type=float, help='factor on the score')
-    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', help='cpu, cuda, mps (default: cuda if there is one)')
+    add_sampling_arguments(parser)
+    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs `gencnn gallery`."""
     model = load_model(args.model, checkpoint_path=args.checkpoint) if args.checkpoint else args.model
-    kwargs = {k: getattr(args, k) for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed')}
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    page = gallery(model, args.nodes, args.out, overwrite=args.overwrite, device=device, **kwargs)
+    page = gallery(
+        model,
+        args.nodes,
+        args.out,
+        overwrite=args.overwrite,
+        device=default_device(args.device),
+        **sampling_arguments(args),
+    )
     print(f'wrote {page}')

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,12 @@ class Streams:
 
     def __len__(self) -> int:
         return len(self.generators)
+
+    def only(self, index: int) -> Streams:
+        """The stream of one chain, shared with this object: what it draws there is drawn here."""
+        one = copy(self)
+        one.generators, one.host = self.generators[index : index + 1], self.host[index : index + 1]
+        return one
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normals [n, *shape]."""
@@ -199,7 +206,7 @@ def step(
     finite = error.isfinite()
     acceptance = torch.where(finite, torch.exp(-error.clamp(min=0)), 0.0)
     if adjust:
-        diverged = ~(error < DIVERGENCE)  # also true of NaN
+        diverged = ~(finite & (error < DIVERGENCE))
         accepted = (streams.uniform(dtype=torch.float64) < acceptance) & ~diverged
     else:
         diverged, accepted = ~finite, finite
@@ -235,12 +242,15 @@ class DualAveraging(NamedTuple):
         log_step = step_size.double().log()
         return cls(log_step, log_step, torch.zeros_like(log_step), log_step + math.log(2.0), 0)
 
-    def update(self, acceptance: Tensor, target: float) -> DualAveraging:
-        """Moves each chain's step size towards acceptance `target` in (0, 1), given its last acceptance [n]."""
+    def update(self, acceptance: Tensor, target: float, longest: float = math.pi / 2) -> DualAveraging:
+        """Moves each chain's step size towards acceptance `target` in (0, 1), given its last acceptance [n].
+
+        No step size goes beyond `longest`, in radians.
+        """
         gamma, t0, kappa = 0.05, 10.0, 0.75  # Hoffman and Gelman's constants
         count = self.updates + 1
         deficit = self.deficit + (target - acceptance - self.deficit) / (count + t0)
-        log_step = (self.anchor - math.sqrt(count) / gamma * deficit).clamp(max=math.log(math.pi / 2))
+        log_step = (self.anchor - math.sqrt(count) / gamma * deficit).clamp(max=math.log(longest))
         weight = count**-kappa
         return DualAveraging(log_step, weight * log_step + (1 - weight) * self.log_average, deficit, self.anchor, count)
 

@@ -24,7 +24,7 @@ def verdict(regime: str, r_hat: float, ess: float) -> str:
     """The diagnostics in plain words; thresholds are those of Vehtari et al. 2021 (R-hat 1.01, ESS 400)."""
     if regime != 'exact':
         return 'gallery regime: not samples of the model at T = 1'
-    if math.isnan(r_hat):
+    if math.isnan(r_hat) or math.isnan(ess):
         return 'exact sampling: not converged: the score never changed'
     if r_hat > 1.01:
         return f'exact sampling: not converged: R-hat {r_hat:.2f}, run longer (raise steps)'
@@ -218,7 +218,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'cannot read {str(path)!r} as a picture: {e}') from None
     if text is None:
         raise ValueError(f'{str(path)!r} carries no settings: only PNGs saved by Samples.save can be repeated')
-    return json.loads(text)
+    try:
+        metadata = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f'{str(path)!r} carries settings that are no JSON: {e}') from None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get('settings', {}), dict):
+        raise ValueError(f'{str(path)!r} carries settings that are no dictionary')
+    return metadata
 
 
 def _sheet(images: Tensor, columns: int, padding: int) -> Image.Image:

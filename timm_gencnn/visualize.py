@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
+import json
 import math
 import time
 import warnings
@@ -22,7 +24,7 @@ from .reference import Reference, White, natural_for
 from .registry import check_checkpoint
 from .samples import Samples, read_metadata, to_rgb
 
-GALLERY_TEMPERATURE = 0.005
+GALLERY_TEMPERATURE = 0.005  # measured with the schedule of `chains.Schedule`
 PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
 
 
@@ -62,10 +64,10 @@ def visualize(
             the score asks for images as far from the mean as the reference's own (`diagnostics['tilt']` has them).
         size: Image side or (height, width) in pixels; None is the model's own.
         seed: Non-negative integer; the same seed gives the same pixels on the same machine.
-        device: Where to run; None is where the model is.
+        device: Where to run, with the model moved there; None is where the model is.
         dtype: `torch.bfloat16` or `torch.float16` runs the network under autocast; in the exact regime only for the
             kicks inside a trajectory, so that the accept test stays in float32.
-        frames: Images of the run to keep for `Samples.animate`.
+        frames: Images of the run to keep for `Samples.animate`, at most one per transition.
         progress: Whether to show a progress bar with score and acceptance.
 
     Returns:
@@ -80,8 +82,12 @@ def visualize(
     regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
     name = model if isinstance(model, str) else _describe(model)
     net = load_model(model) if isinstance(model, str) else model
+    if not isinstance(net, nn.Module):
+        raise ValueError(f'model must be a name or a torch module, got {type(net).__name__}')
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
     if device is not None:
-        net = net.to(device)
+        move(net, device)
     where = next((p.device for p in net.parameters()), torch.device('cpu'))
     sides = (size, size) if isinstance(size, int) else size
     nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
@@ -95,14 +101,15 @@ def visualize(
     diagnosed: dict[str, Any] = dict(per_image)
     if regime == 'exact':
         by_node = trace.split(n, dim=1)
-        diagnosed['r_hat'] = max(diagnostics.r_hat(t) for t in by_node)
-        diagnosed['ess'] = min(diagnostics.bulk_ess(t) for t in by_node)
+        diagnosed['r_hat'] = torch.tensor([diagnostics.r_hat(t) for t in by_node]).max().item()  # NaN stays NaN
+        diagnosed['ess'] = torch.tensor([diagnostics.bulk_ess(t) for t in by_node]).min().item()
     else:
         diagnosed['r_hat'] = diagnosed['ess'] = math.nan
     diagnosed['gradients'] = gradients
     diagnosed['seconds'] = round(time.perf_counter() - began, 3)
     settings = {
         'model': name,
+        'weights': weights_digest(net),
         'nodes': [x if isinstance(x, (int, str)) else label for x, label in zip(nodes, score.names, strict=True)],
         'n': n,
         'steps': steps,
@@ -166,7 +173,31 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     except ValueError:
         raise
     except Exception as e:  # downloads and files fail in many ways; all mean that the weights could not be had
-        raise ValueError(f'cannot load {name!r}: {type(e).__name__}: {e}') from e
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:500]
+        raise ValueError(f'cannot load {name!r}: {reason}') from e
+
+
+def move(model: nn.Module, device: str | torch.device) -> None:
+    """Moves a model in place.
+
+    Raises:
+        ValueError: There is no such device here, or it has no float64, in which energies are summed (mps).
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+        model.to(device)
+    except (RuntimeError, TypeError, AssertionError) as e:
+        raise ValueError(f"device {str(device)!r} cannot be used, try 'cpu': {str(e).splitlines()[0]}") from None
+
+
+def weights_digest(model: nn.Module) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a model's state_dict: names, shapes, types and values."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        sha.update(f'{name} {tuple(value.shape)} {value.dtype}'.encode())
+        sha.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b'')
+    return sha.hexdigest()[:16]
 
 
 def _describe(model: nn.Module) -> str:
@@ -283,7 +314,7 @@ class _Run:
         last = [time.monotonic(), 0]
 
         def report(gradients: int, state: hmc.State, acceptance: Tensor) -> None:
-            if len(film) < self.frames and gradients * self.frames >= (len(film) + 1) * self.steps:
+            if len(film) < self.frames - 1 and gradients * self.frames >= (len(film) + 1) * self.steps:
                 film.append(to_rgb(self.reference.pixels(state.z)))
             if time.monotonic() - last[0] > 0.5:  # reading the score waits for the device: not at every step
                 bar.set_postfix(
@@ -307,6 +338,7 @@ class _Run:
         with torch.no_grad():
             final = score(trace.z)
         pixels = to_rgb(self.reference.pixels(trace.z))
+        film.append(pixels)
         return trace._replace(gradients=trace.gradients + spent - 1), final, pixels, film
 
     def gather(self, blocks: list, parts: list) -> tuple[Tensor, Tensor, dict[str, list[Any]], int, Tensor | None]:
@@ -336,6 +368,28 @@ def _out_of_memory(e: BaseException) -> bool:
 # The command
 
 
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how to sample; none given means the defaults of `visualize`."""
+    parser.add_argument('-n', type=int, help='images per node')
+    parser.add_argument('--steps', type=int, help='image gradients per chain (default: 512)')
+    parser.add_argument('--reference', choices=['natural', 'white'], help='(default: natural)')
+    parser.add_argument('--temperature', type=float, help='1: exact samples of the model')
+    parser.add_argument('--tilt', type=float, help='factor on the score')
+    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
+    parser.add_argument('--seed', type=int, help='(default: 0)')
+
+
+def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_sampling_arguments` that were given."""
+    names = ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed')
+    return {k: getattr(args, k) for k in names if getattr(args, k) is not None}
+
+
+def default_device(name: str | None) -> str:
+    """The named device, else cuda if there is one, else cpu."""
+    return name or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gencnn visualize`."""
     parser.add_argument('model', nargs='?', help='a timm model name, hf-hub:USER/REPO or local-dir:FOLDER')
@@ -343,36 +397,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', default='samples.png', help='PNG to write (default: %(default)s)')
     parser.add_argument('--like', metavar='PNG', help='repeat the run whose settings this PNG carries')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
-    parser.add_argument('-n', type=int, default=None, help='images per node (default: 10 for several nodes, else 16)')
-    parser.add_argument('--steps', type=int, default=512, help='image gradients per chain (default: %(default)s)')
-    parser.add_argument('--reference', default='natural', choices=['natural', 'white'])
-    parser.add_argument('--temperature', type=float, help='1 with --tilt 1: exact samples of the model')
-    parser.add_argument('--tilt', type=float, help='factor on the score')
-    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', help='cpu, cuda, mps (default: cuda if there is one)')
+    add_sampling_arguments(parser)
+    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     parser.add_argument('--animate', metavar='FILE', help='also write the course of the chains as .gif or .webp')
+
+
+def repeat_settings(path: str) -> dict[str, Any]:
+    """The settings of a PNG, checked to be repeatable from the command line.
+
+    Raises:
+        ValueError: Something that determines the pixels cannot be had by name.
+    """
+    old = read_metadata(path).get('settings', {})
+    missing = [k for k in ('model', 'nodes', 'n', 'steps', 'reference', 'temperature', 'size', 'seed') if k not in old]
+    if missing:
+        raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
+    if old['reference'] not in ('natural', 'white'):
+        raise ValueError(f'{path!r} was drawn with a reference of its own, {old["reference"]!r}: repeat it from Python')
+    return old
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs `gencnn visualize`."""
-    if args.like:
-        old = read_metadata(args.like)['settings']
-        model, nodes = args.model or old['model'], args.node or old['nodes']
-        kwargs = {k: old[k] for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed')}
-        kwargs['size'] = tuple(old['size'])
-    elif args.model and args.node:
-        model, nodes = args.model, args.node
-        kwargs = {k: getattr(args, k) for k in ('steps', 'reference', 'temperature', 'tilt', 'seed', 'size')}
-        kwargs['n'] = args.n or (10 if len(nodes) > 1 else 16)
-    else:
-        raise ValueError('give a model and at least one node, or --like FILE.png')
     if not args.out.lower().endswith('.png'):
         raise ValueError(f'--out {args.out!r}: give a file name that ends in .png')
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if args.animate and not args.animate.lower().endswith(('.gif', '.webp')):
+        raise ValueError(f'--animate {args.animate!r}: give a file name that ends in .gif or .webp')
+    kwargs = sampling_arguments(args)
+    model, nodes, old = args.model, args.node, None
+    if args.like:
+        given = [*(['MODEL'] if model else []), *kwargs]
+        if given:
+            raise ValueError(f'--like repeats a run as it was: leave out {", ".join(given)}')
+        old = repeat_settings(args.like)
+        model, nodes = old['model'], old['nodes']
+        kwargs = {k: old[k] for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed')}
+        kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
+    elif not model or not nodes:
+        raise ValueError('give a model and at least one node, or --like FILE.png')
+    elif len(nodes) > 1:
+        kwargs.setdefault('n', 10)
     net = load_model(model, **({'checkpoint_path': args.checkpoint} if args.checkpoint else {}))
-    samples = visualize(net, nodes, device=device, frames=32 if args.animate else 0, **kwargs)
+    if old and old.get('weights') != weights_digest(net):
+        raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
+    move(net, default_device(args.device))
+    samples = visualize(net, nodes, frames=32 if args.animate else 0, **kwargs)
     samples.settings['model'] = model
+    if old:
+        new = json.loads(json.dumps(samples.settings))
+        differing = [k for k in new if k not in ('versions', 'notes') and old.get(k) != new[k]]
+        if differing:
+            raise ValueError(f'{args.like!r} cannot be repeated from here: {", ".join(differing)} would differ')
     samples.save(args.out)
     if args.animate:
         samples.animate(args.animate)
