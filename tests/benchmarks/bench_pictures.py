@@ -45,7 +45,7 @@ def ours(model, classes, args):
 
 
 def lucent(model, classes, args):
-    """Its defaults: FFT parameterisation, decorrelated colours, standard transforms; its own image count per class."""
+    """Its defaults: FFT parameterisation, decorrelated colours, standard transforms."""
     from lucent.optvis import objectives, param, render
 
     pictures = []
@@ -63,7 +63,9 @@ def lucent(model, classes, args):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tool', choices=['ours', 'lucent'], default='ours')
-    parser.add_argument('--classes', type=int, default=40, help='the first so many of the fixed list, evenly spaced')
+    parser.add_argument(
+        '--classes', type=int, default=40, choices=[1, 2, 4, 5, 8, 10, 20, 40], help='every 40/N-th of the list'
+    )
     parser.add_argument('--n', type=int, default=2)
     parser.add_argument('--steps', type=int, default=512)
     parser.add_argument('--size', type=int, default=160)
@@ -91,8 +93,8 @@ def main() -> None:
         logits = judge(normalize(pixels))
         rank = (logits > logits.gather(1, labels[:, None])).sum(1)
         feature = lambda x: judge.blocks(judge.stem(normalize(x))).mean((2, 3))  # noqa: E731
-        within = [torch.pdist(f).mean() for f in feature(pixels).split(args.n)] if args.n > 1 else [torch.nan]
-        variety = torch.stack(within).mean() / torch.pdist(feature(real)).mean() if args.n > 1 else torch.nan
+        within = torch.stack([torch.pdist(f).mean() for f in feature(pixels).split(args.n)])  # NaN for one a class
+        variety = within.mean() / torch.pdist(feature(real)).mean()
     saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()
     print(
         f'{args.tool}: {len(classes)} classes x {args.n}, {args.steps} gradients, {args.size} px: '

@@ -70,10 +70,6 @@ def main() -> None:
         model.half().set_log_z(log_z)  # log Z itself stays in float32
 
     command = f'gencnn train -c {run.config} --dataset hfds/{args.dataset} --phase {run.phase} --seed {run.seed}'
-    if run.hybrid:
-        command += f' --hybrid {run.hybrid}'
-    if run.pool_reference:
-        command += ' --pool-reference'
     last = list(csv.DictReader((Path(args.checkpoint).parent / 'summary.csv').open()))[-1]
     path = zoo.save(
         as_generative(model),
