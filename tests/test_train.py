@@ -64,9 +64,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope='module', autouse=True)
 def one_thread():
+    """For the module's shared runs too: sums over several threads differ with their number."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # With augmentation, a discriminative learning rate, EMA and recovery checkpoints: all that a resume must restore.
