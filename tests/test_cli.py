@@ -83,6 +83,8 @@ def test_exact_regime_and_animation(tmp_path, capsys):
     [
         (['visualize'], 'give a model and at least one node'),
         (['visualize', 'gencnn_lenett', '3'], 'did you mean'),
+        (['nodes', 'gencnn_lenett'], 'did you mean'),
+        (['visualize', LENET, '3', '--checkpoint', '.'], 'holds no checkpoint'),
         (['visualize', LENET, '11'], '11'),
         (['visualize', LENET, '3', '--out', 'x.jpg'], '.png'),
         (['visualize', LENET, '3', '--steps', '0'], 'steps must be'),

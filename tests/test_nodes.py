@@ -590,7 +590,7 @@ def test_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ['layer', 'channels', 'layout', 'shape']
     assert any(line.split() == ['blocks.1.mlp.fc1', '192', 'NLC', '101', 'x', '192'] for line in lines)
-    with pytest.raises(ValueError, match='Unknown model'):
+    with pytest.raises(ValueError, match='unknown model'):
         nodes.main(parser.parse_args(['no_such_model']))
 
 

@@ -807,10 +807,10 @@ def main(args: argparse.Namespace) -> None:
     """Prints the layers of a model, with channels, layout and shape; the weights do not matter and are not loaded."""
     import timm
 
-    try:
-        model = timm.create_model(args.model, pretrained=False).eval()
-    except RuntimeError as error:  # timm's error for an unknown name
-        raise ValueError(str(error)) from error
+    from .registry import check_name
+
+    check_name(args.model)
+    model = timm.create_model(args.model, pretrained=False).eval()
     size = None if args.size is None else (args.size, args.size)
     infos = list_nodes(model, args.pattern, size=size)
     print('\n'.join(table(infos)))

@@ -6,6 +6,7 @@ and then gives it the generative class. Its pretrained cfgs are timm's own under
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections import deque
@@ -14,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from timm.models import DefaultCfg, PretrainedCfg, list_models, model_entrypoint, register_model, resolve_pretrained_cfg
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    is_model,
+    list_models,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models import _registry as timm_registry
 from timm.models._helpers import _torch_load
 from timm.models._hub import _PREFERRED_FILES
@@ -63,6 +72,19 @@ def register(arch: str) -> None:
     setattr(gencnn, name, register_model(entrypoint))
 
 
+def check_name(name: str) -> None:
+    """Check that a model name is registered; names with a source ('hf-hub:...') are left to timm.
+
+    Raises:
+        ValueError: It is not; names near ones.
+    """
+    arch = name.split('.')[0]
+    if ':' not in name and not is_model(arch):
+        near = difflib.get_close_matches(arch, list_models(), n=3, cutoff=0.5)
+        hint = f'did you mean {", ".join(near)}?' if near else 'timm.list_models() lists them'
+        raise ValueError(f'unknown model {name!r}: {hint}')
+
+
 def check_checkpoint(path: str | Path) -> None:
     """Check that a checkpoint file is whole, without loading its tensors.
 
@@ -74,7 +96,10 @@ def check_checkpoint(path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in _PREFERRED_FILES if (path / name).exists()), path)
+        found = [path / name for name in _PREFERRED_FILES if (path / name).exists()]
+        if not found:
+            raise ValueError(f'{path} holds no checkpoint: give a file, or a folder with {_PREFERRED_FILES[0]}')
+        path = found[0]
     try:
         if path.suffix == '.safetensors':
             safe_open(path, 'pt')

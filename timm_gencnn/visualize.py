@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from . import chains, diagnostics, hmc
 from .nodes import Node, ScoreFunction, resolve
 from .reference import Reference, White, natural_for
-from .registry import check_checkpoint
+from .registry import check_checkpoint, check_name
 from .samples import Samples, read_metadata, to_rgb
 
 GALLERY_TEMPERATURE = 0.005  # measured with the schedule of `chains.Schedule`
@@ -157,11 +156,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: The model is unknown, has no pretrained weights, or they cannot be read.
     """
+    check_name(name)
     arch = name.split('.')[0]
-    if ':' not in name and not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
-        hint = f'did you mean {", ".join(near)}?' if near else 'timm.list_models() lists them'
-        raise ValueError(f'unknown model {name!r}: {hint}')
     if ':' not in name and not kwargs.get('checkpoint_path') and not timm.models.is_model_pretrained(name):
         tags = timm.list_pretrained(f'{arch}.*')
         hint = f'pretrained are {", ".join(tags)}' if tags else 'pass a trained module, or a checkpoint'
