@@ -174,7 +174,10 @@ def sample_exact(
 
 
 class Schedule(NamedTuple):
-    """Shape of a gallery run; every default was chosen by measurement (tests/benchmarks/bench_pictures.py).
+    """Shape of a gallery run.
+
+    `strength`, `move` and `shift` were compared on a few settings each, by tests/benchmarks/bench_pictures.py on ten
+    classes and by sampled digits; the others were set once and not compared.
 
     Attributes:
         strength: Size of the latents that the score asks for, per coordinate and relative to the reference's own: the
