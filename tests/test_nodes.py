@@ -1,6 +1,7 @@
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -437,10 +438,21 @@ def test_refused_sizes(zoo):
         resolve(vit, 3, in_chans=0)
 
 
-def test_own_size():
-    assert resolve(timm.create_model('test_vit').eval(), 0).size == (160, 160)
-    assert resolve(timm.create_model('test_vit', img_size=64).eval(), 0).size == (64, 64)
-    assert resolve(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(224), nn.Flatten()).eval(), 0).size == (224, 224)
+@pytest.mark.parametrize(
+    ('model', 'side'),
+    [
+        (lambda: timm.create_model('test_vit'), 160),
+        (lambda: timm.create_model('test_vit', img_size=64), 64),
+        (lambda: timm.create_model('test_coatnet', img_size=64), 64),
+        (lambda: timm.create_model('gencnn_lenet', img_size=32), 32),
+        (lambda: timm.models.VisionTransformer(img_size=48, embed_dim=32, depth=1, num_heads=2), 48),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(224), nn.Flatten()), 224),
+    ],
+)
+def test_own_size(model, side):
+    score = resolve(model().eval(), 0)
+    assert score.size == (side, side)
+    assert score(images(1, score.in_chans, score.size)).shape == (1,)
 
 
 def test_bad_batches(zoo):
@@ -605,30 +617,53 @@ def readable(result: layouts.Probe, layer: str) -> tuple[str, layouts.Layout] | 
         return None
 
 
-def check_model(name: str) -> None:
-    """A class and a layer in the middle: finite, alive, and equal to what a hook of the test's own sees."""
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """An untrained model whose gains and heads that start at zero, and hide what is behind them, are noise."""
     torch.manual_seed(0)
     cfg = timm.get_pretrained_cfg(name)
-    model = timm.create_model(name, **({} if cfg and cfg.num_classes else {'num_classes': 10}))
+    model = timm.create_model(name, **({} if cfg and cfg.num_classes else {'num_classes': 10}), **kwargs)
     model.eval().requires_grad_(False)
-    for p in model.parameters():  # gains and heads that start at zero would hide what is behind them
+    for p in model.parameters():
         if not p.any():
             p.normal_(std=0.1)
+    return model
+
+
+def middle_layer(model: nn.Module, result: layouts.Probe) -> tuple[str, layouts.Layout]:
+    """A block in the middle of the network, with its layout."""
+    single = [name for name, calls in result.calls.items() if name and len(calls) == 1]
+    single = [name for name in single if isinstance(result.calls[name][0].output, Tensor)]
+    blocks = [name for name in single if list(result.calls[name][0].module.children())]
+    blocks = [name for name in blocks if 'Norm' not in type(result.calls[name][0].module).__name__] or single
+    return next(found for name in blocks[len(blocks) // 2 :] if (found := readable(result, name)))
+
+
+def channel_means(tensor: Tensor, layout: layouts.Layout) -> Tensor:
+    return tensor.movedim(layout.axis - layout.windows, 0).flatten(1).float().mean(1)
+
+
+def alive_layer(model: nn.Module, size: tuple[int, int]) -> tuple[str, int]:
+    """A block in the middle of the network and the channel that is largest on a random image."""
+    chans = resolve(model, 1, size=size).in_chans
+    layer, found = middle_layer(model, layouts.probe(model, chans, size))
+    means = channel_means(capture(model, layer, images(1, chans, size)), found)
+    return layer, int(means.abs().argmax())
+
+
+def check_model(name: str) -> None:
+    """A class and a layer in the middle: finite, alive, and equal to what a hook of the test's own sees."""
+    model = build(name)
     size = (SIDES[name], SIDES[name]) if name in SIDES else None
     plain = resolve(model, 1, size=size)
     result = layouts.probe(model, plain.in_chans, plain.size)
-    single = [name for name, calls in result.calls.items() if name and len(calls) == 1]
-    single = [name for name in single if isinstance(result.calls[name][0].output, Tensor)]
     for stage in getattr(model, 'feature_info', None) or []:  # timm's own word for the number of channels
-        if stage.get('module') in single:
+        calls = result.calls.get(stage.get('module'), [])
+        if len(calls) == 1 and isinstance(calls[0].output, Tensor):
             assert layouts.find_layout(result, layouts.Tap(stage['module'])).channels == stage['num_chs'], stage
-    blocks = [name for name in single if list(result.calls[name][0].module.children())]
-    blocks = [name for name in blocks if 'Norm' not in type(result.calls[name][0].module).__name__] or single
-    layer, found = next(found for name in blocks[len(blocks) // 2 :] if (found := readable(result, name)))
+    layer, found = middle_layer(model, result)
 
     x = images(2, plain.in_chans, plain.size).requires_grad_()
-    tensor = capture(model, layer, x[1:])
-    means = tensor.movedim(found.axis - found.windows, 0).flatten(1).float().mean(1)
+    means = channel_means(capture(model, layer, x[1:]), found)
     channel = int(means.abs().argmax())  # a channel that is alive
     score = resolve(model, [1, f'{layer}:{channel}'], size=size)
     assert score.layers == [[''], [layer]]

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from timm.data import CustomDatasetInfo, ImageNetInfo, infer_imagenet_subset
 from timm.data.dataset_info import DatasetInfo
+from timm.models import get_model_traits
 from torch import Tensor, nn
 
 from .layouts import (
@@ -360,7 +361,9 @@ def _cfg(model: nn.Module) -> dict[str, Any]:
 
 def _own_size(model: nn.Module) -> tuple[int, int]:
     """The image side that the model was built for, else the one its configuration names, else 224."""
-    built = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or getattr(model, 'image_size', None)
+    patches = getattr(model, 'patch_embed', None)
+    built = get_model_traits(model).get('img_size')  # by timm's factory, else by the model itself
+    built = built or getattr(patches, 'img_size', None) or getattr(model, 'image_size', None)
     if isinstance(built, int):
         return built, built
     if isinstance(built, (tuple, list)) and len(built) == 2:
