@@ -7,6 +7,7 @@ from .hub import from_pretrained, push_to_hub
 from .listing import list_pretrained
 from .loss import GenerativeLoss
 from .nodes import list_nodes
+from .partition import log_z
 from .samples import Samples
 from .task import GenerativeTask
 from .visualize import visualize
@@ -21,6 +22,7 @@ __all__ = [
     'from_pretrained',
     'list_nodes',
     'list_pretrained',
+    'log_z',
     'push_to_hub',
     'visualize',
 ]

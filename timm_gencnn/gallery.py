@@ -34,10 +34,10 @@ from torch import nn
 from .nodes import expand, resolve
 from .samples import read_metadata, write_atomically
 from .visualize import (
-    _check,
     _describe,
     _regime,
     add_sampling_arguments,
+    check,
     default_device,
     load_model,
     make_reference,
@@ -111,7 +111,7 @@ def _check_settings(net: nn.Module, settings: dict[str, Any]) -> None:
     """Refuses, before any node is tried, what every node would refuse."""
     temperature, tilt = _regime(settings['temperature'], settings['tilt'])
     numbers = {k: settings[k] for k in ('n', 'steps', 'seed', 'frames')}
-    _check(**numbers, temperature=temperature, tilt=tilt)
+    check(**numbers, temperature=temperature, tilt=tilt)
     sides = (settings['size'],) * 2 if isinstance(settings['size'], int) else settings['size']
     score = resolve(net, lambda images: images.flatten(1).sum(1), size=sides)
     make_reference(settings['reference'], net, score.in_chans, score.size, torch.device('cpu'))

@@ -77,17 +77,11 @@ def visualize(
             mode; a score that is not finite; a unit that is dead on the reference.
     """
     temperature, tilt = _regime(temperature, tilt)
-    _check(n=n, steps=steps, temperature=temperature, tilt=tilt, seed=seed, frames=frames)
+    check(n=n, steps=steps, temperature=temperature, tilt=tilt, seed=seed, frames=frames)
     regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
-    name = model if isinstance(model, str) else _describe(model)
-    net = load_model(model) if isinstance(model, str) else model
-    if not isinstance(net, nn.Module):
-        raise ValueError(f'model must be a name or a torch module, got {type(net).__name__}')
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
-    if device is not None:
-        move(net, device)
-    where = next((p.device for p in net.parameters()), torch.device('cpu'))
+    net, name, where = load(model, device)
     sides = (size, size) if isinstance(size, int) else size
     nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
 
@@ -134,13 +128,39 @@ def _regime(temperature: float | None, tilt: float | None) -> tuple[float, float
     return temperature, tilt
 
 
-def _check(**values: Any) -> None:
-    """Ranges of the numbers that a user gives."""
-    for name, low in ('n', 1), ('steps', 1), ('seed', 0), ('frames', 0):
+def load(model: str | nn.Module, device: str | torch.device | None) -> tuple[nn.Module, str, torch.device]:
+    """The network that a user means, its name, and the device it is on.
+
+    Raises:
+        ValueError: It cannot be had, is no module, or the device cannot be used.
+    """
+    net = load_model(model) if isinstance(model, str) else model
+    if not isinstance(net, nn.Module):
+        raise ValueError(f'model must be a name or a torch module, got {type(net).__name__}')
+    if device is not None:
+        move(net, device)
+    where = next((p.device for p in net.parameters()), torch.device('cpu'))
+    return net, model if isinstance(model, str) else _describe(net), where
+
+
+def chunk(reference: Reference) -> int:
+    """Images in one forward pass."""
+    return max(1, PIXELS_PER_BATCH // math.prod(reference.shape))
+
+
+def check(**values: Any) -> None:
+    """Ranges of the numbers that a user gives.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    for name, low in ('n', 1), ('steps', 1), ('levels', 2), ('seed', 0), ('frames', 0):
+        if name not in values:
+            continue
         if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < low:
             raise ValueError(f'{name} must be an integer >= {low}, got {values[name]!r}')
     for name in 'temperature', 'tilt':
-        value = values[name]
+        value = values.get(name)
         if not (value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)):
             raise ValueError(f'{name} must be a positive number, got {value!r} (1 is the model itself)')
 
@@ -261,7 +281,7 @@ class _Run:
     progress: bool
 
     def __post_init__(self) -> None:
-        self.batch = max(1, PIXELS_PER_BATCH // math.prod(self.reference.shape))
+        self.batch = chunk(self.reference)
 
     def blocks(self) -> list[tuple[list[int], range]]:
         """(nodes, chains of each node) such that their product fits into a batch."""

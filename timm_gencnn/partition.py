@@ -1,0 +1,72 @@
+"""`log_z(model, node)`: the normalising constant of a node's model, by annealed importance sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ais, hmc
+from .nodes import Node, resolve
+from .reference import Reference
+from .visualize import check, chunk, frozen, load, make_reference
+
+
+def log_z(
+    model: str | nn.Module,
+    node: Node,
+    *,
+    n: int = 64,
+    levels: int = 100,
+    reference: str | Reference = 'natural',
+    size: int | tuple[int, int] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> ais.LogZ:
+    """Estimates log Z = log E_q[exp f(x)] of a node: the constant in its model p(x) = exp(f(x)) q(x) / Z.
+
+    Annealed importance sampling (Neal 2001) with the transitions of the exact regime. With it `f(x) - log Z` is the log
+    density of an image relative to the reference. This q is the parametric reference of the pictures, not the training
+    images: for those see `GenerativeMixin.estimate_log_z`.
+
+    Args:
+        model: As for `visualize`.
+        node: A single node, as for `visualize`.
+        n: Independent chains, at least 2.
+        levels: Steps of the tilt from 0 to 1, at least 2; each costs four image gradients per chain.
+        reference: As for `visualize`.
+        size: Image side or (height, width) in pixels; None is the model's own.
+        seed: Non-negative integer.
+        device: Where to run, with the model moved there; None is where the model is.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The estimate with its standard error. Where its `ess` is a small part of n, raise `levels`.
+
+    Raises:
+        ValueError: As `visualize`, or fewer than two chains or levels.
+    """
+    from tqdm.auto import tqdm
+
+    check(n=n, levels=levels, seed=seed)
+    if n < 2:
+        raise ValueError(f'n={n}: a standard error needs at least 2 chains')
+    if isinstance(node, (list, tuple, range)):
+        raise ValueError(f'log Z is that of one node, got the list {node!r}: call once for each')
+    net, _, where = load(model, device)
+    with frozen(net):
+        score = resolve(net, [node], size=(size, size) if isinstance(size, int) else size)
+        q = make_reference(reference, net, score.in_chans, score.size, where)
+        spent = ais.gradients(levels)
+        parts: list[tuple[Tensor, Tensor]] = []
+        with tqdm(total=n * spent, unit='grad', disable=not progress, desc='log Z') as bar:
+
+            def f(z: Tensor) -> Tensor:
+                bar.update(len(z))
+                return score(q(z).contiguous(memory_format=torch.channels_last))
+
+            for first in range(0, n, chunk(q)):
+                streams = hmc.Streams(seed, range(first, min(first + chunk(q), n)), where)
+                parts.append(ais.log_weights(f, q.shape, streams, levels))
+    weights, acceptance = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ais.summarise(weights, acceptance, spent)
