@@ -423,6 +423,29 @@ def test_train_mode_is_refused(zoo):
         resolve(zoo, 3, size=SIZE)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_any_floating_type(zoo, dtype):
+    nodes_ = [3, 'tokens:3', lambda x: x[:, 0, 0, 0]]
+    x = images(3)
+    expected = resolve(zoo, nodes_, size=SIZE)(x)
+    score = resolve(zoo.to(dtype), nodes_, size=SIZE)(x)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit')
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda model: model.to('meta'), r'no weights \(its device is meta\): load them first'),
+        (lambda model: torch.jit.trace(model.conv, images()), 'TorchScript module takes no hooks: give the Python module'),
+    ],
+)
+def test_modules_that_cannot_be_probed(zoo, change, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(change(zoo), 'conv:3', size=SIZE)
+
+
 def test_refused_sizes(zoo):
     with pytest.raises(ValueError, match=r'refuses 20 x 20 images of 3 channel.*own size is 224 x 224'):
         resolve(zoo, 3, size=(20, 20))
@@ -483,7 +506,7 @@ def test_forward_stops_at_the_last_layer_needed(resnet):
     assert ran.count('conv1') == 1
 
 
-def test_the_model_is_left_as_it_was(resnet):
+def test_the_model_is_left_as_it_was(resnet, monkeypatch):
     model = copy.deepcopy(resnet)
     model.conv1.weight.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -494,8 +517,9 @@ def test_the_model_is_left_as_it_was(resnet):
     assert [p.requires_grad for p in model.parameters()] == wishes
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(RuntimeError):
-        score(images(2, size=(64, 64)).double())
+    monkeypatch.setattr(model.layer1, 'forward', lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(images(2, size=(64, 64)))
     assert hooks(model) == 0
 
 

@@ -96,6 +96,7 @@ class ScoreFunction:
         notes: What a user should know about each node's score, or ''.
         size: Default image height and width in pixels.
         in_chans: Image channels.
+        dtype: Of the model, which images of another one are cast to.
     """
 
     def __init__(
@@ -108,9 +109,10 @@ class ScoreFunction:
         notes: list[str],
         size: tuple[int, int],
         in_chans: int,
+        dtype: torch.dtype,
     ):
         self.model, self.names, self.kinds, self.notes = model, names, kinds, notes
-        self.size, self.in_chans = size, in_chans
+        self.size, self.in_chans, self.dtype = size, in_chans, dtype
         self.layers = [sorted({term.tap.layer for term in group}) for group in terms]
         self._calls = calls
         self._reads: dict[Tap, list[tuple[int, Term]]] = defaultdict(list)
@@ -131,6 +133,7 @@ class ScoreFunction:
                 f'with N a positive multiple of {groups}'
             )
         n = len(images) // groups
+        images = images.to(self.dtype)
         parts: list[list[Tensor]] = [[] for _ in range(groups)]
         if self._reads:
             self._forward(images, parts, n)
@@ -390,6 +393,10 @@ def _check_size(size: Any) -> tuple[int, int]:
 
 def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
     """Probes the model on its own image, or on the one that was asked for."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError('a TorchScript module takes no hooks: give the Python module that it was made from')
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError('the model has no weights (its device is meta): load them first')
     training = next((name or 'the model' for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f'{training} is in train mode, where images change one another: call model.eval() first')
@@ -584,7 +591,8 @@ def resolve(
         kinds.append(kind if len(members) == 1 else 'sum')
         notes.append('; '.join(dict.fromkeys(note for note in node_notes if note)))
 
-    function = ScoreFunction(model, terms, calls, names, kinds, notes, own, result.images.shape[1])
+    chans, dtype = result.images.shape[1], result.images.dtype
+    function = ScoreFunction(model, terms, calls, names, kinds, notes, own, chans, dtype)
     _check_scores(function, result)
     if size is None and not any(calls):
         function.size = _early_size(model, result, [term for group in terms for term in group]) or own
