@@ -24,6 +24,7 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -115,6 +116,7 @@ class ScoreFunction:
         self.size, self.in_chans, self.dtype = size, in_chans, dtype
         self.layers = [sorted({term.tap.layer for term in group}) for group in terms]
         self._calls = calls
+        self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         self._reads: dict[Tap, list[tuple[int, Term]]] = defaultdict(list)
         for group, members in enumerate(terms):
             for term in members:
@@ -142,32 +144,78 @@ class ScoreFunction:
         scores = [members[0] if len(members) == 1 else torch.stack(members).sum(0) for members in parts]
         return scores[0] if groups == 1 else torch.cat(scores)
 
+    @contextmanager
+    def compiled(self, **options: Any) -> Iterator[None]:
+        """Runs the network through `torch.compile` inside the block; callables and the sums of a node are run as ever.
+
+        The pass is one graph from the images to the tensors read, so that the compiler drops what comes after them,
+        where an eager pass is stopped by an exception. A new size of the batch compiles anew.
+
+        Args:
+            **options: Passed on to `torch.compile`, such as `backend`.
+        """
+        found: dict[Tap, Tensor] = {}
+
+        def read(tap: Tap, tensor: Tensor) -> None:
+            found[tap] = tensor.clone()  # what follows may work in place
+
+        def forward(images: Tensor) -> list[Tensor]:
+            output = self.model(images)
+            if Tap('') in self._reads:
+                read(Tap(''), class_logits(output))
+            seen.clear()  # leaves all as it was, since a change of what was traced would compile anew
+            return [found.pop(tap) for tap in self._reads]
+
+        with self._hooks(read) as seen:
+            self._compiled = torch.compile(forward, fullgraph=True, **options)
+            try:
+                yield
+            finally:
+                self._compiled = None
+
     def _forward(self, images: Tensor, parts: list[list[Tensor]], n: int) -> None:
+        if self._compiled:
+            for tap, tensor in zip(self._reads, self._compiled(images), strict=True):
+                self._read(tap, tensor, parts, n)
+            return
         waiting = len(self._reads)
 
         def read(tap: Tap, tensor: Tensor) -> None:
             nonlocal waiting
             waiting -= 1
-            if self._reads[tap][0][1].layout.windows:
-                tensor = tensor.unflatten(0, (len(images), -1))
-            if len(tensor) != len(images):
-                raise ValueError(
-                    f'layer {tap.layer!r} splits {list(images.shape)} images in windows: resolve with size='
-                )
-            for group, term in self._reads[tap]:
-                part = tensor[group * n : (group + 1) * n]
-                if term.position is not None:
-                    _check_position(self.names[group], term, part)
-                parts[group].append(term.read(part))
+            self._read(tap, tensor, parts, n)
             if not waiting:
                 raise StopForward
 
-        def hook(taps: dict[int, Tap]) -> Callable[..., None]:
-            call = -1
+        with self._hooks(read), suppress(StopForward):
+            output = self.model(images)
+            if (root := Tap('')) in self._reads:
+                read(root, class_logits(output))
+        if waiting:
+            raise ValueError(f'this forward pass did not reach all of {[tap.layer for tap in self._reads]}')
 
+    def _read(self, tap: Tap, tensor: Tensor, parts: list[list[Tensor]], n: int) -> None:
+        """Adds what the nodes read at `tap` to their groups' parts, n images each."""
+        count = n * len(self.names)
+        if self._reads[tap][0][1].layout.windows:
+            tensor = tensor.unflatten(0, (count, -1))
+        if len(tensor) != count:
+            raise ValueError(f'layer {tap.layer!r} splits its {count} images in windows: resolve with size=')
+        for group, term in self._reads[tap]:
+            part = tensor[group * n : (group + 1) * n]
+            if term.position is not None:
+                _check_position(self.names[group], term, part)
+            parts[group].append(term.read(part))
+
+    @contextmanager
+    def _hooks(self, read: Callable[[Tap, Tensor], None]) -> Iterator[dict[tuple[str, bool], int]]:
+        """Calls `read` for each tap inside the model that a forward pass comes by; yields the calls counted so far."""
+        seen: dict[tuple[str, bool], int] = {}
+
+        def hook(place: tuple[str, bool], taps: dict[int, Tap]) -> Callable[..., None]:
             def run(module: nn.Module, args: Any, output: Any = None) -> None:
-                nonlocal call
-                call += 1
+                call = seen.get(place, 0)
+                seen[place] = call + 1
                 if call in taps:
                     tensor = args[0] if taps[call].input else single_tensor(output)
                     if tensor is None:
@@ -182,20 +230,15 @@ class ScoreFunction:
                 taps[tap.layer, tap.input][tap.call] = tap
         handles = []
         try:
-            for (layer, before), wanted in taps.items():
+            for place, wanted in taps.items():
+                layer, before = place
                 module = self.model.get_submodule(layer)
                 register = module.register_forward_pre_hook if before else module.register_forward_hook
-                handles.append(register(hook(wanted)))
-            output = self.model(images)
-            if (root := Tap('')) in self._reads:
-                read(root, class_logits(output))
-        except StopForward:
-            pass
+                handles.append(register(hook(place, wanted)))
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
-        if waiting:
-            raise ValueError(f'this forward pass did not reach all of {[tap.layer for tap in self._reads]}')
 
     def __repr__(self) -> str:
         return f'ScoreFunction({self.names}, size={self.size}, in_chans={self.in_chans})'
