@@ -47,6 +47,14 @@ class Trace(NamedTuple):
     gradients: int
 
 
+class StartError(ValueError):
+    """Some chains, by their position in the batch, cannot start."""
+
+    def __init__(self, message: str, chains: list[int]):
+        super().__init__(message)
+        self.chains = chains
+
+
 class _Tally:
     """Sums the infos of the kept transitions on the device, so that nothing waits for it."""
 
@@ -76,7 +84,9 @@ class _Tally:
         )
 
 
-def start(score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, tries: int = 5) -> tuple[hmc.State, int]:
+def start(
+    score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, tries: int = 5, origin: bool = False
+) -> tuple[hmc.State, int]:
     """Draws starting latents from the reference, z ~ N(0, I), anew where the gradient is zero.
 
     Where the gradient vanishes the density is the reference itself, and the chain would show plain noise.
@@ -86,20 +96,25 @@ def start(score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, tries:
         shape: Shape of one latent.
         streams: Random streams of the chains.
         tries: Further draws before giving up.
+        origin: Start at z = 0 instead, and draw only where the gradient vanishes there.
 
     Returns:
         The chains and the gradients spent.
 
     Raises:
-        ValueError: The score is not finite, or some chain found no gradient.
+        StartError: The score is not finite, or some chain found no gradient.
     """
     z = streams.normal(shape)
     p = streams.normal(shape)
+    if origin:
+        z.zero_()
     for attempt in range(tries + 1):
         state = hmc.State(z, p, *hmc.score_and_grad(score, z))
-        if not state.score.isfinite().all() or not state.grad.isfinite().all():
-            raise ValueError(
-                'the score or its gradient is not finite on the starting images: check the weights for NaN'
+        bad = ~(state.score.isfinite() & state.grad.flatten(1).isfinite().all(1))
+        if bad.any():
+            raise StartError(
+                'the score or its gradient is not finite on the starting images: check the weights for NaN',
+                bad.nonzero()[:, 0].tolist(),
             )
         dead = state.grad.flatten(1).abs().amax(1) == 0
         if not dead.any():
@@ -112,10 +127,11 @@ def start(score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, tries:
             )
         for i in dead.nonzero()[:, 0].tolist():  # only their own streams move on
             z[i] = streams.only(i).normal(shape)[0]
-    raise ValueError(
+    raise StartError(
         f'the gradient of the score stayed zero on {int(dead.sum())} of {len(dead)} images after {tries} restarts: '
         'the unit is dead on the reference. Name the layer before the activation, or try another reference '
-        "('white', 'natural')"
+        "('white', 'natural')",
+        dead.nonzero()[:, 0].tolist(),
     )
 
 
@@ -128,6 +144,7 @@ def sample_exact(
     target: float = 0.8,
     kick: hmc.Score | None = None,
     report: Report | None = None,
+    step_size: float | None = None,
 ) -> Trace:
     """Draws from p(z) ∝ exp(f(z) - |z|²/2) by adjusted HMC.
 
@@ -145,6 +162,8 @@ def sample_exact(
         target: Acceptance that the warm-up adapts to, in (0, 1).
         kick: A cheaper score for the kicks inside a trajectory (see `hmc.leapfrog`).
         report: Progress callback.
+        step_size: A step size in radians to keep from the first transition on, without adaptation and without random
+            factor; the first half is discarded all the same.
 
     Raises:
         ValueError: The budget holds no warm-up and four draws.
@@ -158,19 +177,19 @@ def sample_exact(
         )
     longest = math.pi / 2 / n_leapfrog
     adapt = hmc.DualAveraging.start(torch.full_like(state.score, longest / 2, dtype=torch.float64))
-    step_size = adapt.step_size
+    size = adapt.step_size if step_size is None else torch.full_like(adapt.step_size, step_size)
     tally = _Tally(state.score)
     for i in range(iterations):
-        jitter = 0.5 + streams.uniform(dtype=torch.float64)
-        state, info = hmc.step(state, score, streams, step_size * jitter, n_leapfrog, kick=kick)
-        if i < warmup:
+        jitter = 0.5 + streams.uniform(dtype=torch.float64) if step_size is None else 1.0
+        state, info = hmc.step(state, score, streams, size * jitter, n_leapfrog, kick=kick)
+        if i < warmup and step_size is None:
             adapt = adapt.update(info.acceptance, target, longest)
-            step_size = adapt.frozen if i == warmup - 1 else adapt.step_size
-        else:
+            size = adapt.frozen if i == warmup - 1 else adapt.step_size
+        if i >= warmup:
             tally.add(state, info)
         if report:
             report(1 + (i + 1) * n_leapfrog, state, info.acceptance)
-    return tally.trace(state, step_size, torch.ones_like(step_size), 1 + iterations * n_leapfrog)
+    return tally.trace(state, size, torch.ones_like(size), 1 + iterations * n_leapfrog)
 
 
 class Schedule(NamedTuple):

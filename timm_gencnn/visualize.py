@@ -9,8 +9,9 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import timm
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 
 from . import chains, diagnostics, hmc
 from .nodes import Node, ScoreFunction, resolve
+from .presets import PRESETS, Preset
+from .presets import preset as find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
 from .samples import Samples, read_metadata, to_rgb
 
+STEPS = 512
 GALLERY_TEMPERATURE = 0.005  # measured with the schedule of `chains.Schedule`
+LARGEST = 1e30  # tilt and temperature: squares of what they scale must stay in float32's range
 PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
 
 
@@ -32,7 +37,7 @@ def visualize(
     node: Node | Sequence[Node],
     *,
     n: int = 16,
-    steps: int = 512,
+    steps: int | None = None,
     reference: str | Reference = 'natural',
     temperature: float | None = None,
     tilt: float | None = None,
@@ -40,7 +45,9 @@ def visualize(
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    compile: bool = False,
     frames: int = 0,
+    preset: str | None = None,
     progress: bool = True,
 ) -> Samples:
     """Draws images for a node of a trained network from p(x) ∝ exp(f(x)) q(x), by Hamiltonian Monte Carlo.
@@ -56,7 +63,7 @@ def visualize(
         node: A class by index or name, `'layer:channel'`, `'layer:channel@row,col'`, a weighted sum, a callable, or a
             list of these (see `timm_gencnn.nodes`).
         n: Images per node, at least 1; each is a chain of its own.
-        steps: Budget of image gradients per chain.
+        steps: Budget of image gradients per chain; None is 512, or that of the preset.
         reference: `'natural'`, `'white'` or an object like those of `timm_gencnn.reference`.
         temperature: T > 0; None is the gallery default.
         tilt: Factor on the score, > 0; None is 1 at `temperature=1`, else automatic: each chain's is the one at which
@@ -66,7 +73,10 @@ def visualize(
         device: Where to run, with the model moved there; None is where the model is.
         dtype: `torch.bfloat16` or `torch.float16` runs the network under autocast; in the exact regime only for the
             kicks inside a trajectory, so that the accept test stays in float32.
+        compile: Whether to run the network through `torch.compile`, which costs minutes before the first gradient.
         frames: Images of the run to keep for `Samples.animate`, at most one per transition.
+        preset: `'paper-lenet'` or `'paper-alexnet'`: the settings of the paper's own pictures (see
+            `timm_gencnn.presets`): exact regime, white reference, fixed step size. Thousands of gradients a chain.
         progress: Whether to show a progress bar with score and acceptance.
 
     Returns:
@@ -74,8 +84,14 @@ def visualize(
 
     Raises:
         ValueError: Bad input: an unknown model, node or size; n, steps, T, tilt or seed out of range; a model in train
-            mode; a score that is not finite; a unit that is dead on the reference.
+            mode; a score that is not finite; a unit that is dead on the reference; a model that `torch.compile` cannot
+            take whole.
     """
+    paper = find_preset(preset) if preset is not None else None
+    if paper:
+        if reference != 'natural' or temperature not in (None, 1) or tilt not in (None, 1):
+            raise ValueError(f'preset={preset!r} fixes reference, temperature and tilt: leave them out')
+        temperature = 1.0
     temperature, tilt = _regime(temperature, tilt)
     check(n=n, steps=steps, temperature=temperature, tilt=tilt, seed=seed, frames=frames)
     regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
@@ -88,8 +104,16 @@ def visualize(
     began = time.perf_counter()
     with frozen(net):
         score = resolve(net, nodes, size=sides)
+        if paper:
+            cfg = getattr(net, 'pretrained_cfg', None) or {}
+            reference = White((score.in_chans, *score.size), paper.normalised_sigma(cfg))
         q = make_reference(reference, net, score.in_chans, score.size, where)
-        run = _Run(net, nodes, score, q, regime, n, steps, temperature, tilt, seed, where, dtype, frames, progress)
+        if steps is None:
+            steps = paper.gradients(set(score.kinds) == {'class'}) if paper else STEPS
+        run = _Run(
+            net, nodes, score, q, regime, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
+            progress,
+        )  # fmt: skip
         images, trace, per_image, gradients, film = run.run()
     diagnosed: dict[str, Any] = dict(per_image)
     if regime == 'exact':
@@ -100,6 +124,10 @@ def visualize(
         diagnosed['r_hat'] = diagnosed['ess'] = math.nan
     diagnosed['gradients'] = gradients
     diagnosed['seconds'] = round(time.perf_counter() - began, 3)
+    notes = [note for note in score.notes if note]
+    if stuck := _stuck(per_image['divergences'], len(trace)):
+        warnings.warn(stuck, stacklevel=2)
+        notes.append(stuck)
     settings = {
         'model': name,
         'weights': weights_digest(net),
@@ -112,8 +140,10 @@ def visualize(
         'size': list(score.size),
         'seed': seed,
         'dtype': None if dtype is None else str(dtype).removeprefix('torch.'),
+        'compile': compile,
         'regime': regime,
-        'notes': [note for note in score.notes if note],
+        'preset': preset,
+        'notes': notes,
         'versions': _versions(),
     }
     return Samples(images, score.names, settings, diagnosed, trace, film)
@@ -155,14 +185,15 @@ def check(**values: Any) -> None:
         ValueError: A number out of its range.
     """
     for name, low in ('n', 1), ('steps', 1), ('levels', 2), ('seed', 0), ('frames', 0):
-        if name not in values:
+        if name not in values or (name == 'steps' and values[name] is None):
             continue
         if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < low:
             raise ValueError(f'{name} must be an integer >= {low}, got {values[name]!r}')
     for name in 'temperature', 'tilt':
         value = values.get(name)
-        if not (value is None or (isinstance(value, (int, float)) and math.isfinite(value) and value > 0)):
-            raise ValueError(f'{name} must be a positive number, got {value!r} (1 is the model itself)')
+        if not (value is None or (isinstance(value, (int, float)) and 1 / LARGEST <= value <= LARGEST)):
+            bounds = f'from {1 / LARGEST:.0e} to {LARGEST:.0e}'
+            raise ValueError(f'{name} must be a positive number, got {value!r} ({bounds}; 1 is the model itself)')
 
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:
@@ -200,7 +231,7 @@ def move(model: nn.Module, device: str | torch.device) -> None:
         ValueError: There is no such device here, or it has no float64, in which energies are summed (mps).
     """
     try:
-        torch.zeros(1, dtype=torch.float64, device=device)
+        torch.zeros((), dtype=torch.float64, device=device).item()  # the meta device holds no numbers
         model.to(device)
     except (RuntimeError, TypeError, AssertionError) as e:
         raise ValueError(f"device {str(device)!r} cannot be used, try 'cpu': {str(e).splitlines()[0]}") from None
@@ -241,6 +272,27 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """Weights of convolutions lie in channels-last order inside, and so do the images that they put out.
+
+    Faster on most networks, up to twice; the values and, on the way out, the tensors themselves are the same.
+    """
+    kept = [(p, p.data) for p in model.parameters() if p.ndim == 4]
+    for p, data in kept:
+        p.data = data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
+
+
+def _needs_contiguous(e: BaseException) -> bool:
+    """Whether a network failed on a `view` of a map that is in channels-last order."""
+    return 'view size is not compatible' in str(e) or 'Cannot view a tensor' in str(e)
+
+
 def make_reference(
     reference: str | Reference, model: nn.Module, channels: int, size: tuple[int, int], device: torch.device
 ) -> Reference:
@@ -277,11 +329,14 @@ class _Run:
     seed: int
     device: torch.device
     dtype: torch.dtype | None
+    compile: bool
     frames: int
+    paper: Preset | None
     progress: bool
 
     def __post_init__(self) -> None:
         self.batch = chunk(self.reference)
+        self.channels_last = True
 
     def blocks(self) -> list[tuple[list[int], range]]:
         """(nodes, chains of each node) such that their product fits into a batch."""
@@ -301,25 +356,45 @@ class _Run:
                 blocks = self.blocks()
                 total = self.steps * len(blocks)
                 with tqdm(total=total, unit='grad', disable=not self.progress, desc='sampling') as bar:
-                    parts = [self.block(group, some, bar) for group, some in blocks]
+                    parts = []
+                    for group, members in groupby(blocks, key=lambda block: block[0]):
+                        with self.scoring(group) as score:
+                            parts += [self.block(score, group, some, bar) for _, some in members]
                 return self.gather(blocks, parts)
             except (torch.OutOfMemoryError, RuntimeError) as e:
-                if not _out_of_memory(e) or self.batch == 1:
+                if self.channels_last and _needs_contiguous(e):
+                    self.channels_last = False
+                    continue
+                if self.compile and isinstance(e, torch._dynamo.exc.TorchDynamoException):
+                    reason = str(e).strip().splitlines()[0]
+                    raise ValueError(f'torch.compile cannot take this model whole, leave compile out: {reason}') from e
+                if not _out_of_memory(e):
                     raise
+                if self.batch == 1:
+                    sides = ' x '.join(map(str, self.score.size))
+                    raise ValueError(f'out of memory with one {sides} image at a time: give a smaller size') from e
                 self.batch = max(1, min(self.batch, len(self.nodes) * self.n) // 2)
                 if self.device.type == 'cuda':
                     torch.cuda.empty_cache()
             warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=3)
 
-    def block(self, group: list[int], some: range, bar: Any) -> tuple[chains.Trace, Tensor, Tensor, list[Tensor]]:
+    @contextmanager
+    def scoring(self, group: list[int]) -> Iterator[ScoreFunction]:
+        """The scores of a group of nodes, with the network made fast inside."""
+        whole = len(group) == len(self.nodes)
+        score = self.score if whole else resolve(self.model, [self.nodes[k] for k in group], size=self.score.size)
+        layout = channels_last(self.model) if self.channels_last else nullcontext()
+        with layout, score.compiled() if self.compile else nullcontext():
+            yield score
+
+    def block(
+        self, node_score: ScoreFunction, group: list[int], some: range, bar: Any
+    ) -> tuple[chains.Trace, Tensor, Tensor, list[Tensor]]:
         """Runs one block: its trace, final scores [m], pixels [m, 3, H, W] and frames."""
         ids = [k * self.n + i for k in group for i in some]
-        nodes = [self.nodes[k] for k in group]
-        whole = len(group) == len(self.nodes)
-        node_score = self.score if whole else resolve(self.model, nodes, size=self.score.size)
 
         def score(z: Tensor) -> Tensor:
-            return node_score(self.reference(z).contiguous(memory_format=torch.channels_last))
+            return node_score(self.reference(z))
 
         def rough(z: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.dtype):
@@ -341,18 +416,28 @@ class _Run:
                 bar.update(gradients - last[1])
                 last[:] = [time.monotonic(), gradients]
 
-        state, spent = chains.start(score, self.reference.shape, streams)
+        origin = self.paper is not None and self.paper.origin
+        try:
+            state, spent = chains.start(score, self.reference.shape, streams, origin=origin)
+        except chains.StartError as e:
+            names = dict.fromkeys(repr(node_score.names[i // len(some)]) for i in e.chains)
+            raise ValueError(f'{", ".join(names)}: {e}') from None
         if self.regime == 'exact':
             kick = rough if self.dtype else None
-            trace = chains.sample_exact(score, state, streams, self.steps, kick=kick, report=report)
+            if self.paper:
+                n_leapfrog, angle = self.paper.n_leapfrog, self.paper.angle
+                trace = chains.sample_exact(
+                    score, state, streams, self.steps, n_leapfrog, kick=kick, report=report, step_size=angle
+                )
+            else:
+                trace = chains.sample_exact(score, state, streams, self.steps, kick=kick, report=report)
         else:
             target = rough if self.dtype else score
             trace = chains.sample_gallery(
                 target, state, streams, self.steps, self.temperature, self.tilt, report=report
             )
         bar.update(self.steps - last[1])
-        with torch.no_grad():
-            final = score(trace.z)
+        final, _ = hmc.score_and_grad(score, trace.z)  # the one pass that has been compiled is that with a gradient
         pixels = to_rgb(self.reference.pixels(trace.z))
         film.append(pixels)
         return trace._replace(gradients=trace.gradients + spent - 1), final, pixels, film
@@ -376,6 +461,17 @@ class _Run:
         return images, trace, per_image, max(p[0].gradients for p in parts), film
 
 
+def _stuck(divergences: list[int], draws: int) -> str:
+    """What to tell of chains that could take less than half of their moves, or ''."""
+    stuck = sum(2 * count > draws for count in divergences)
+    if not stuck:
+        return ''
+    return (
+        f'{stuck} of {len(divergences)} images are hardly more than noise of the reference: most moves of their chains '
+        'were refused, since the score or its gradient was not finite or far too steep (lower the tilt, use float32)'
+    )
+
+
 def _out_of_memory(e: BaseException) -> bool:
     return isinstance(e, torch.OutOfMemoryError) or 'not enough memory' in str(e) or "can't allocate memory" in str(e)
 
@@ -393,11 +489,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--tilt', type=float, help='factor on the score')
     parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
     parser.add_argument('--seed', type=int, help='(default: 0)')
+    parser.add_argument('--preset', choices=list(PRESETS), help="the settings of the paper's own pictures")
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_sampling_arguments` that were given."""
-    names = ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed')
+    names = ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed', 'preset')
     return {k: getattr(args, k) for k in names if getattr(args, k) is not None}
 
 
@@ -415,6 +512,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
     add_sampling_arguments(parser)
     parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
+    parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
     parser.add_argument('--animate', metavar='FILE', help='also write the course of the chains as .gif or .webp')
 
 
@@ -442,12 +540,15 @@ def main(args: argparse.Namespace) -> None:
     kwargs = sampling_arguments(args)
     model, nodes, old = args.model, args.node, None
     if args.like:
-        given = [*(['MODEL'] if model else []), *kwargs]
+        given = [*(['MODEL'] if model else []), *kwargs, *(['compile'] if args.compile else [])]
         if given:
             raise ValueError(f'--like repeats a run as it was: leave out {", ".join(given)}')
         old = repeat_settings(args.like)
         model, nodes = old['model'], old['nodes']
-        kwargs = {k: old[k] for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed')}
+        kwargs = {k: old.get(k) for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed', 'preset')}
+        if kwargs['preset'] is not None:
+            kwargs = {k: v for k, v in kwargs.items() if k not in ('reference', 'temperature', 'tilt')}
+        kwargs['compile'] = old.get('compile', False)
         kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
     elif not model or not nodes:
         raise ValueError('give a model and at least one node, or --like FILE.png')
@@ -456,6 +557,7 @@ def main(args: argparse.Namespace) -> None:
     net = load_model(model, **({'checkpoint_path': args.checkpoint} if args.checkpoint else {}))
     if old and old.get('weights') != weights_digest(net):
         raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
+    kwargs.setdefault('compile', args.compile)
     move(net, default_device(args.device))
     samples = visualize(net, nodes, frames=32 if args.animate else 0, **kwargs)
     samples.settings['model'] = model
