@@ -290,9 +290,10 @@ class _Folder:
             except Exception as e:  # whatever a foreign network raises concerns this node only
                 text = str(e).strip() or 'no message'
                 return Entry(node, error=text if isinstance(e, ValueError) else f'{type(e).__name__}: {text}')
+        messages = [str(w.message) for w in caught if w.category is UserWarning]
         samples.settings |= {
             'model': self.model,
-            'notes': samples.settings['notes'] + [str(w.message) for w in caught if w.category is UserWarning],
+            'notes': list(dict.fromkeys(samples.settings['notes'] + messages)),
             'request': self.request,
         }
         return read_entry(samples.save(self.images / file_name(node)))

@@ -1,0 +1,314 @@
+"""What may go wrong in a run of `visualize`, and what it says then; the devices, files and progress around it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timm_gencnn import chains, cli, hmc
+from timm_gencnn.samples import Samples, write_atomically
+from timm_gencnn.visualize import move, visualize
+
+room = sys.modules['timm_gencnn.visualize']
+
+
+class Net(nn.Module):
+    """Three classes, four channels, and whatever else around the logits."""
+
+    def __init__(self, channels: int = 3, wrap: Any = lambda logits: logits):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(channels, 4, 3)
+        self.head = nn.Linear(4, 3)
+        self.wrap = wrap
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.head(self.conv(x).relu().mean((2, 3))))
+
+
+def quick(model: Any, node: Any, **kwargs: Any) -> Samples:
+    return visualize(model, node, **{'n': 2, 'steps': 12, 'size': 16, 'progress': False} | kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of all kinds
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 5])
+def test_images_of_any_number_of_channels(channels: int) -> None:
+    images = quick(Net(channels), 1).images
+    assert images.shape == (2, 3, 16, 16)
+    grey = torch.equal(images[:, 0], images[:, 1])
+    assert grey == (channels < 3)
+
+
+@pytest.mark.parametrize(
+    'wrap', [lambda t: {'logits': t, 'features': 2 * t}, lambda t: (t, 2 * t), lambda t: {'out': t}]
+)
+def test_dictionaries_and_tuples_are_drawn_as_their_logits_are(wrap: Any) -> None:
+    assert torch.equal(quick(Net(wrap=wrap), 1).images, quick(Net(), 1).images)
+
+
+@pytest.mark.parametrize('output', ['text', None, [1, 2], {'features': torch.ones(2, 3)}])
+def test_a_model_that_returns_no_tensor_is_refused_but_for_its_layers(output: Any) -> None:
+    model = Net(wrap=lambda logits: output)
+    with pytest.raises(ValueError, match='not class logits: name a layer'):
+        quick(model, 1)
+    assert len(quick(model, 'conv:1')) == 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('temperature', [None, 1.0])
+def test_networks_of_another_floating_type(dtype: torch.dtype, temperature: float | None) -> None:
+    images, expected = (quick(net, 1, temperature=temperature, steps=65).images for net in (Net().to(dtype), Net()))
+    assert images.dtype == torch.float32
+    assert (images - expected).abs().mean() < 0.02
+    assert (images - images.flip(0)).abs().mean() > 0.05  # two chains are that far apart
+
+
+def test_an_early_convolution_is_drawn_at_its_receptive_field() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1))
+    samples = visualize(model.eval(), '0:1', n=2, steps=8, progress=False)
+    assert samples.images.shape == (2, 3, 8, 8)  # 5 and half of it, rounded up to the stride
+    assert samples.settings['size'] == [8, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+def test_the_model_is_moved_where_it_is_asked_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def to(self: nn.Module, device: Any) -> nn.Module:
+        asked.append(device)
+        return self
+
+    monkeypatch.setattr(Net, 'to', to)
+    quick(Net(), 1)
+    assert asked == []
+    quick(Net(), 1, device='cpu')
+    assert asked == ['cpu']
+
+
+def test_a_device_without_numbers_is_refused_before_the_weights_are_lost() -> None:
+    model = Net()
+    with pytest.raises(ValueError, match="device 'meta' cannot be used, try 'cpu'"):
+        quick(model, 1, device='meta')
+    assert not model.head.weight.is_meta
+    with pytest.raises(ValueError, match='no weights'):
+        quick(Net().to('meta'), 1)
+
+
+@pytest.mark.gpu
+def test_the_cpus_model_runs_on_the_gpu() -> None:
+    model = Net()
+    assert quick(model, 1, device='cuda').images.device.type == 'cpu'
+    assert model.head.weight.is_cuda
+    move(model, 'cpu')
+    assert not model.head.weight.is_cuda
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores that misbehave
+
+
+class Spoilt:
+    """The mean of the image, until the calls are up; from then on NaN for the images chosen."""
+
+    def __init__(self, calls: int, chosen: slice = slice(None)):
+        self.calls, self.chosen = calls, chosen
+        self.__name__ = 'spoilt'
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls -= 1
+        score = images.mean((1, 2, 3))
+        if self.calls < 0:
+            score = score.clone()
+            score[self.chosen] *= float('nan')
+        return score
+
+
+@pytest.mark.parametrize('temperature', [None, 1.0])
+@pytest.mark.parametrize(('chosen', 'count'), [(slice(None), 2), (slice(1), 1)])
+def test_chains_that_cannot_move_are_no_picture_without_a_warning(
+    temperature: float | None, chosen: slice, count: int, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=f'{count} of 2 images are hardly more than noise') as caught:
+        samples = quick(Net(), Spoilt(2, chosen), steps=80, temperature=temperature)
+    assert samples.images.isfinite().all()
+    assert str(caught[0].message) in samples.settings['notes']
+    assert sum(d > 0 for d in samples.diagnostics['divergences']) == count
+
+
+def test_a_few_refused_moves_are_counted_without_a_warning() -> None:
+    calls = 0
+
+    def now_and_then(images: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return images.mean((1, 2, 3)) * (float('nan') if calls % 7 == 0 else 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        samples = quick(Net(), now_and_then, steps=40)
+    assert 4 <= samples.diagnostics['divergences'][0] <= 6
+    assert samples.settings['notes'] == []
+
+
+def test_not_finite_at_the_start_names_the_node() -> None:
+    with pytest.raises(ValueError, match=r"'spoilt': the score or its gradient is not finite on the starting images"):
+        quick(Net(), ['conv:1', Spoilt(1)])
+
+
+def test_a_dead_node_among_others_is_named() -> None:
+    def dead(images: Tensor) -> Tensor:
+        return (images.mean((1, 2, 3)) - 1e6).relu()
+
+    with (
+        pytest.warns(UserWarning, match='2 of 6 starting images'),
+        pytest.raises(ValueError, match=r"^'dead': the gradient"),
+    ):
+        quick(Net(), [1, dead, 'conv:1'])
+
+
+@pytest.mark.parametrize('name', ['tilt', 'temperature'])
+@pytest.mark.parametrize('value', [1e300, 1e-300, float('inf'), float('nan'), -1.0, 0, 'hot'])
+def test_numbers_beyond_float32_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f'{name} must be a positive number, got .*from 1e-30 to 1e.30'):
+        quick(Net(), 1, **{name: value})
+
+
+@pytest.mark.parametrize('name', ['tilt', 'temperature'])
+@pytest.mark.parametrize('value', [room.LARGEST, 1 / room.LARGEST])
+def test_extreme_numbers_that_are_allowed_give_images_or_a_warning(name: str, value: float) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        samples = quick(Net(), 1, **{name: value})
+    stuck = [2 * d > len(samples.trace) for d in samples.diagnostics['divergences']]
+    assert any(stuck) == any('hardly more than noise' in str(w.message) for w in caught)
+    assert samples.images.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_an_image_that_does_not_fit_alone_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(score: hmc.Score, z: Tensor) -> Any:
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(hmc, 'score_and_grad', hungry)
+    with (
+        pytest.warns(UserWarning, match='out of memory: starting again with 1 images'),
+        pytest.raises(ValueError, match='out of memory with one 16 x 16 image at a time: give a smaller size'),
+    ):
+        quick(Net(), 1)
+
+
+def test_other_errors_of_the_network_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError('a bug')
+
+    monkeypatch.setattr(chains, 'sample_gallery', broken)
+    with pytest.raises(RuntimeError, match='a bug'):
+        quick(Net(), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, progress, Ctrl-C
+
+
+def test_files_are_replaced_in_one_step(tmp_path: Path) -> None:
+    """Whoever has the old file open keeps reading the old one, whole; a file written in place would change there."""
+    path = tmp_path / 'x.png'
+    write_atomically(path, b'old' * 1000)
+    with path.open('rb') as reader:
+        write_atomically(path, b'new')
+        assert reader.read() == b'old' * 1000
+    assert path.read_bytes() == b'new'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / 'x.png'
+    path.write_bytes(b'old')
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        write(self, data[:1])
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space'):
+        write_atomically(path, b'new')
+    assert path.read_bytes() == b'old'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('temperature', [None, 1.0])
+def test_progress_bar_counts_gradients_and_shows_score_and_acceptance(
+    temperature: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tqdm.auto
+
+    bars = []
+
+    class Bar(tqdm.auto.tqdm):
+        def __init__(self, **kwargs: Any):
+            bars.append(self)
+            self.shown: list[dict[str, str]] = []
+            super().__init__(**kwargs)
+
+        def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+            self.shown.append(kwargs)
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(tqdm.auto, 'tqdm', Bar)
+    monkeypatch.setattr(room.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(room, 'PIXELS_PER_BATCH', 2 * 3 * 16 * 16)
+    samples = quick(Net(), 1, n=3, steps=65, temperature=temperature, progress=True)
+    (bar,) = bars
+    assert bar.n == bar.total == 2 * 65  # two blocks: of two chains and of one
+    assert len(bar.shown) > 10
+    last = bar.shown[-1]
+    assert float(last['score']) == pytest.approx(samples.trace[-1, 2].item(), abs=0.006)
+    assert 0 <= float(last['acceptance']) <= 1
+    quick(Net(), 1)
+    assert bars[-1].disable
+
+
+def test_energy_errors_and_step_sizes_are_those_of_the_transitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = hmc.step
+
+    def spy(state: hmc.State, score: hmc.Score, streams: hmc.Streams, step_size: Tensor, *args: Any, **kwargs: Any):
+        state, info = step(state, score, streams, step_size, *args, **kwargs)
+        seen.append((info, step_size))
+        return state, info
+
+    monkeypatch.setattr(hmc, 'step', spy)
+    diagnostics = quick(Net(), 1).diagnostics
+    infos, sizes = zip(*seen, strict=True)
+    mean = lambda values: torch.stack(values).mean(0).tolist()  # noqa: E731
+    assert diagnostics['energy_error'] == pytest.approx(mean([info.energy_error.abs() for info in infos]))
+    assert diagnostics['acceptance'] == pytest.approx(mean([info.acceptance for info in infos]))
+    assert diagnostics['step_size'] == pytest.approx(sizes[-1].tolist())
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chains, 'sample_gallery', interrupted)
+    out = tmp_path / 'x.png'
+    assert cli.main(['visualize', 'gencnn_lenet.gg_dg_mnist', '3', '--steps', '8', '--out', str(out)]) == 130
+    assert 'interrupted' in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
