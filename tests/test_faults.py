@@ -80,6 +80,16 @@ def test_an_early_convolution_is_drawn_at_its_receptive_field() -> None:
     assert samples.settings['size'] == [8, 8]
 
 
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('temperature', [None, 1.0])
+def test_pictures_are_the_same_where_gradients_are_off(mode: Any, temperature: float | None) -> None:
+    model = Net()
+    expected = quick(model, ['conv:1', 1], temperature=temperature, steps=65)
+    with mode():
+        samples = quick(model, ['conv:1', 1], temperature=temperature, steps=65)
+    assert torch.equal(samples.images, expected.images)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
 

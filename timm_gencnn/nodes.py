@@ -577,6 +577,7 @@ class _Resolver:
         return Term(tap, layout, unit.channel, unit.position, weight), name, note
 
 
+@torch.inference_mode(False)  # axes are measured by gradients, also under torch.no_grad()
 def resolve(
     model: nn.Module,
     nodes: Node | Sequence[Node],
@@ -729,6 +730,7 @@ def _last_index(result: Probe, tap: Tap) -> int:
     return [i for i, name in enumerate(result.order) if name == tap.layer][tap.call]
 
 
+@torch.inference_mode(False)
 def receptive_field(model: nn.Module, layer: str, *, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Height and width in pixels of what the central unit of a convolutional layer depends on, by its gradient.
 
@@ -770,6 +772,7 @@ class NodeInfo:
     layout: str
 
 
+@torch.inference_mode(False)
 def list_nodes(model: nn.Module, pattern: str | None = None, *, size: tuple[int, int] | None = None) -> list[NodeInfo]:
     """Layers of `model` whose name matches the shell-style `pattern`, in the order in which they run.
 

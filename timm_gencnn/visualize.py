@@ -32,6 +32,7 @@ LARGEST = 1e30  # tilt and temperature: squares of what they scale must stay in 
 PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
 
 
+@torch.inference_mode(False)
 def visualize(
     model: str | nn.Module,
     node: Node | Sequence[Node],

@@ -1,0 +1,159 @@
+"""One call of `visualize` on every module of timm, both regimes, and on networks that timm did not make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_nodes import SMALL, build, capture, channel_means, middle_layer
+from torch import Tensor, nn
+
+from timm_gencnn import chains, hmc, layouts
+from timm_gencnn.nodes import resolve
+from timm_gencnn.samples import Samples, to_rgb
+from timm_gencnn.visualize import make_reference, visualize
+
+# Architectures that no call can draw, with what the error says; the sweep fails when one of them starts to work.
+REFUSED: dict[str, str] = {}
+GALLERY_STEPS = 40
+EXACT_STEPS = 65  # the smallest budget that the exact regime takes
+SMALLER: dict[str, dict[str, Any]] = {  # where even the smallest architecture is needlessly slow
+    'beit_base_patch16_224': {'depth': 2},
+    'deepseek_vit_412m': {'depth': 2},
+    'gemma4_vit_167m': {'depth': 2},
+    'naflexvit_base_patch16_parfac_gap': {'depth': 2},
+    'qwen3_vit_88m': {'depth': 2},
+    'samvit_base_patch16_224': {'depth': 2},
+    'vgg11': {'mlp_ratio': 0.1},
+}
+SMALL_SIDES = 64, 96, 128, 160, 192, 224, 256
+
+DEFAULT = ('test_resnet', 'test_mambaout', 'test_vit', 'test_coatnet')  # NCHW, NHWC, tokens, both
+
+
+def noise(model: nn.Module, size: tuple[int, int], n: int) -> Tensor:
+    """Images of the reference, as the model takes them [n, C, H, W]."""
+    chans = resolve(model, 1, size=size).in_chans
+    reference = make_reference('natural', model, chans, size, torch.device('cpu'))
+    return reference(torch.randn(n, chans, *size, generator=torch.Generator().manual_seed(1)))
+
+
+def awake(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """Batch norm as after training: else the signal of an untrained network fades below float32's resolution."""
+    images = noise(model, size, 32)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.momentum = 1.0
+            norm.train()
+    with torch.no_grad():
+        model(images)
+    return model.eval()
+
+
+def alive_node(model: nn.Module, size: tuple[int, int]) -> str:
+    """A block in the middle of the network and the channel that is largest on all of four images."""
+    images = noise(model, size, 4)
+    layer, found = middle_layer(model, layouts.probe(model, images.shape[1], size))
+    means = torch.stack([channel_means(capture(model, layer, image[None]), found) for image in images])
+    return f'{layer}:{int(means.abs().amin(0).argmax())}'
+
+
+def untouched(model: nn.Module, node: Any, size: tuple[int, int], n: int, exact: bool) -> Tensor:
+    """The images [n, 3, H, W] that the same seed gives where no score pulls."""
+    score = resolve(model, node, size=size)
+    reference = make_reference('natural', model, score.in_chans, size, torch.device('cpu'))
+    streams = hmc.Streams(0, range(n))
+    z, p = streams.normal(reference.shape), streams.normal(reference.shape)
+    none = hmc.State(z, p, torch.zeros(n), torch.zeros_like(z))
+    zero = lambda z: z.new_zeros(len(z))  # noqa: E731
+    if exact:
+        trace = chains.sample_exact(zero, none, streams, EXACT_STEPS)
+    else:
+        trace = chains.sample_gallery(zero, none, streams, GALLERY_STEPS, 0.005)
+    return to_rgb(reference.pixels(trace.z))
+
+
+def check_samples(samples: Samples, n: int, size: tuple[int, int], exact: bool) -> None:
+    assert samples.images.shape == (n, 3, *size)
+    assert samples.images.isfinite().all()
+    assert 0 <= samples.images.min() <= samples.images.max() <= 1
+    assert not torch.equal(samples.images[0], samples.images[1])
+    for key in 'score', 'acceptance', 'tilt', 'step_size', 'energy_error', 'divergences':
+        assert len(samples.diagnostics[key]) == n
+        assert torch.tensor(samples.diagnostics[key]).isfinite().all()
+    assert sum(samples.diagnostics['divergences']) == 0
+    assert samples.diagnostics['gradients'] == (EXACT_STEPS if exact else GALLERY_STEPS)
+    assert samples.settings['regime'] == ('exact' if exact else 'gallery')
+    assert samples.verdict.startswith(samples.settings['regime'])
+
+
+def check_gallery(model: nn.Module, nodes: list[Any], size: tuple[int, int]) -> None:
+    """Each node alone, from the same noise: what differs between their images is the nodes' doing.
+
+    One of the two scores must rise by more than their spread over the reference. Not both: a class of an untrained
+    network has no direction to rise to at the scale of a chain's moves.
+    """
+    images, rises = [], []
+    for node in nodes:
+        samples = visualize(model, node, n=2, size=size, steps=GALLERY_STEPS, progress=False)
+        check_samples(samples, 2, size, exact=False)
+        plain = untouched(model, node, size, 2, exact=False)
+        assert ((samples.images - plain).flatten(1).abs().amax(1) > 0.05).all()
+        with torch.no_grad():
+            scores = resolve(model, node, size=size)(noise(model, size, 8))
+        rises.append((torch.tensor(samples.diagnostics['score']).mean() - scores.mean()) / scores.std())
+        images.append(samples.images)
+    assert ((images[0] - images[1]).flatten(1).abs().amax(1) > 0.05).all()
+    assert max(rises) > 1, rises
+
+
+def check_exact(model: nn.Module, nodes: list[Any], size: tuple[int, int]) -> None:
+    """All nodes in one batch; at T = 1 an untrained network hardly pulls, but no image is the noise's own."""
+    samples = visualize(model, nodes, n=2, size=size, steps=EXACT_STEPS, temperature=1.0, progress=False)
+    check_samples(samples, 4, size, exact=True)
+    assert (samples.images != untouched(model, nodes, size, 4, exact=True)).flatten(1).any(1).all()
+
+
+def smallest(name: str) -> tuple[nn.Module, tuple[int, int]]:
+    """The architecture for the smallest image that it takes: `test_nodes` has its own size, here many gradients."""
+    kwargs = SMALLER.get(name, {})
+    model = build(name, **kwargs)
+    for side in SMALL_SIDES:
+        try:
+            return model, resolve(model, 1, size=(side, side)).size
+        except ValueError:
+            pass
+        try:
+            other = build(name, img_size=side, **kwargs)
+            return other, resolve(other, 1).size
+        except Exception:  # no such argument, or windows and pools that do not fit: whatever a constructor raises
+            pass
+    raise AssertionError('the model takes no size')
+
+
+def check_module(name: str) -> None:
+    model, size = smallest(name)
+    awake(model, size)
+    nodes = [1, alive_node(model, size)]
+    check_gallery(model, nodes, size)
+    check_exact(model, nodes, size)
+
+
+@pytest.mark.parametrize('name', DEFAULT)
+def test_families(name: str) -> None:
+    check_module(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in SMALL if name not in DEFAULT])
+def test_all_other_modules(name: str) -> None:
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            check_module(name)
+    else:
+        check_module(name)
+
+
+def test_refused_names_are_in_the_sweep() -> None:
+    assert set(REFUSED) <= set(SMALL)
