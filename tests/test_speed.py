@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_gencnn import chains, hmc
 from timm_gencnn.nodes import resolve
+from timm_gencnn.partition import log_z
 from timm_gencnn.reference import natural_for
 from timm_gencnn.samples import read_metadata
 from timm_gencnn.visualize import channels_last, frozen, visualize
@@ -176,6 +177,7 @@ def test_a_network_that_needs_contiguous_maps_gets_them():
     samples = quick(model, [1, 'conv:2'], size=8)
     assert samples.images.shape == (4, 3, 8, 8)
     assert model.conv.weight.is_contiguous()
+    assert len(log_z(model, 1, n=2, levels=2, size=8, progress=False).log_weights) == 2
 
 
 # torch.compile

@@ -63,7 +63,7 @@ def log_z(
 
             def f(z: Tensor) -> Tensor:
                 bar.update(len(z))
-                return score(q(z).contiguous(memory_format=torch.channels_last))
+                return score(q(z))
 
             for first in range(0, n, chunk(q)):
                 streams = hmc.Streams(seed, range(first, min(first + chunk(q), n)), where)
