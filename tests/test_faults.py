@@ -154,6 +154,7 @@ def test_chains_that_cannot_move_are_no_picture_without_a_warning(
     with pytest.warns(UserWarning, match=f'{count} of 2 images are hardly more than noise') as caught:
         samples = quick(Net(), Spoilt(2, chosen), steps=80, temperature=temperature)
     assert samples.images.isfinite().all()
+    assert caught[0].filename == __file__  # where the user called
     assert str(caught[0].message) in samples.settings['notes']
     assert sum(d > 0 for d in samples.diagnostics['divergences']) == count
 
@@ -217,10 +218,11 @@ def test_an_image_that_does_not_fit_alone_is_a_clear_error(monkeypatch: pytest.M
 
     monkeypatch.setattr(hmc, 'score_and_grad', hungry)
     with (
-        pytest.warns(UserWarning, match='out of memory: starting again with 1 images'),
+        pytest.warns(UserWarning, match='out of memory: starting again with 1 images') as caught,
         pytest.raises(ValueError, match='out of memory with one 16 x 16 image at a time: give a smaller size'),
     ):
         quick(Net(), 1)
+    assert caught[0].filename == __file__
 
 
 def test_other_errors_of_the_network_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def drawn(out: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
 def test_page_has_every_node_with_picture_scores_verdict_and_settings(tmp_path: Path) -> None:
     page = gallery(Net(), ['conv:1-2', '0 + conv:3', 0], tmp_path, **KWARGS)
     text = page.read_text()
+    assert '<span class="name">conv:<wbr>1</span>' in text
     parsed = Page(text)
     assert [card['data-node'] for card in parsed.cards] == ['conv:1', 'conv:2', '0 + conv:3', '0']
     assert re.findall(r'<h2>(.*?) <small>', text) == ['conv', 'Weighted sums', 'Classes']
@@ -119,6 +120,7 @@ def test_page_has_every_node_with_picture_scores_verdict_and_settings(tmp_path: 
     assert rows['Verdict'] == metadata['verdict']
     assert rows['Scores'] == ', '.join(f'{s:.3g}' for s in scores)
     assert rows['Images'] == '3 of 12 by 12 px'
+    assert 'Repeat it' not in rows  # the command line has no `Net`
     assert rows['Gradients'] == '8 per image'
     assert f'3 images drawn for conv:1, mean score {sum(scores) / 3:.3g}' == parsed.images[0]['alt']
     assert 'src' not in parsed.images[0]
@@ -165,6 +167,8 @@ def test_node_is_drawn_as_visualize_draws_it(tmp_path: Path) -> None:
 def test_node_can_be_repeated_from_its_png(tmp_path: Path) -> None:
     gallery('gencnn_lenet.gg_dg_mnist', [7], tmp_path, n=2, steps=8, progress=False)
     path = tmp_path / 'images' / room.file_name('7')
+    repeat = ['Repeat it', f'gencnn visualize --like images/{path.name}']
+    assert repeat in room._rows(read_entry(path))
     assert cli(['visualize', '--like', str(path), '--device', 'cpu', '--out', str(tmp_path / 'again.png')]) == 0
     assert Image.open(tmp_path / 'again.png').tobytes() == Image.open(path).tobytes()
 
@@ -235,6 +239,10 @@ def test_all_failed_is_an_error_that_says_why(tmp_path: Path) -> None:
         ('conv:0', {'steps': 0}, 'steps must be an integer >= 1, got 0'),
         ('conv:0', {'n': 0}, 'n must be an integer >= 1, got 0'),
         ('conv:0', {'temperature': -1.0}, 'temperature must be a positive number, got -1.0'),
+        ('conv:0', {'temperature': 1e300}, 'temperature must be a positive number, got 1e+300'),
+        ('conv:0', {'dtype': torch.float64}, 'dtype must be None, torch.bfloat16 or torch.float16'),
+        ('conv:0', {'preset': 'paper'}, "unknown preset 'paper': there are paper-lenet"),
+        ('conv:0', {'preset': 'paper-lenet', 'tilt': 3.0}, "preset='paper-lenet' fixes reference, temperature and"),
         ('conv:0', {'reference': 'pink'}, "unknown reference 'pink'"),
         ('conv:0', {'size': 1}, 'the model refuses 1 x 1 images'),
     ],

@@ -29,19 +29,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models import is_model
 from torch import nn
 
 from .nodes import expand, resolve
 from .samples import read_metadata, write_atomically
 from .visualize import (
     _describe,
-    _regime,
     add_sampling_arguments,
-    check,
     default_device,
     load_model,
     make_reference,
     sampling_arguments,
+    settle,
     visualize,
     weights_digest,
 )
@@ -109,9 +109,8 @@ def gallery(
 
 def _check_settings(net: nn.Module, settings: dict[str, Any]) -> None:
     """Refuses, before any node is tried, what every node would refuse."""
-    temperature, tilt = _regime(settings['temperature'], settings['tilt'])
-    numbers = {k: settings[k] for k in ('n', 'steps', 'seed', 'frames')}
-    check(**numbers, temperature=temperature, tilt=tilt)
+    settled = 'reference', 'temperature', 'tilt', 'dtype', 'preset', 'n', 'steps', 'seed', 'frames'
+    settle(**{k: settings[k] for k in settled})
     sides = (settings['size'],) * 2 if isinstance(settings['size'], int) else settings['size']
     score = resolve(net, lambda images: images.flatten(1).sum(1), size=sides)
     make_reference(settings['reference'], net, score.in_chans, score.size, torch.device('cpu'))
@@ -384,9 +383,15 @@ def _card(entry: Entry) -> str:
     blob = json.dumps(data).replace('<', '\\u003c')
     return (
         f'<li><button class="card {kind}" data-node="{name}" data-text="{text}">{figure}'
-        f'<span class="name">{name}</span>{score}<span class="verdict">{html.escape(verdict)}</span></button>'
+        f'<span class="name">{_breakable(name)}</span>{score}'
+        f'<span class="verdict">{html.escape(verdict)}</span></button>'
         f'<script type="application/json">{blob}</script></li>'
     )
+
+
+def _breakable(name: str) -> str:
+    """An escaped name that a line may break at the dots and the colon of a layer, not elsewhere."""
+    return re.sub(r'(?<=\w)([.:])(?=\w)', r'\1<wbr>', name)
 
 
 def _kind(metadata: dict[str, Any]) -> str:
@@ -428,7 +433,10 @@ def _rows(entry: Entry) -> list[list[str]]:
         rows += [['ESS of the score', _number(d['ess'])], ['Split R-hat', _number(d['r_hat'], 4)]]
     rows += [[label.capitalize(), value] for label, value in _settings(entry.metadata).items()]
     rows += [['Note', note] for note in entry.metadata['settings']['notes']]
-    rows += [['Seconds', _number(d['seconds'])], ['Repeat it', f'gencnn visualize --like images/{entry.file}']]
+    rows += [['Seconds', _number(d['seconds'])]]
+    model = entry.metadata['settings']['model']
+    if ':' in model or is_model(model.split('.')[0]):  # else a module that the command line cannot make
+        rows += [['Repeat it', f'gencnn visualize --like images/{entry.file}']]
     return rows
 
 

@@ -88,16 +88,9 @@ def visualize(
             mode; a score that is not finite; a unit that is dead on the reference; a model that `torch.compile` cannot
             take whole.
     """
-    paper = find_preset(preset) if preset is not None else None
-    if paper:
-        if reference != 'natural' or temperature not in (None, 1) or tilt not in (None, 1):
-            raise ValueError(f'preset={preset!r} fixes reference, temperature and tilt: leave them out')
-        temperature = 1.0
-    temperature, tilt = _regime(temperature, tilt)
-    check(n=n, steps=steps, temperature=temperature, tilt=tilt, seed=seed, frames=frames)
+    numbers = {'n': n, 'steps': steps, 'seed': seed, 'frames': frames}
+    paper, temperature, tilt = settle(reference, temperature, tilt, dtype, preset, **numbers)
     regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
     net, name, where = load(model, device)
     sides = (size, size) if isinstance(size, int) else size
     nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
@@ -127,7 +120,7 @@ def visualize(
     diagnosed['seconds'] = round(time.perf_counter() - began, 3)
     notes = [note for note in score.notes if note]
     if stuck := _stuck(per_image['divergences'], len(trace)):
-        warnings.warn(stuck, stacklevel=2)
+        warnings.warn(stuck, stacklevel=3)
         notes.append(stuck)
     settings = {
         'model': name,
@@ -148,6 +141,31 @@ def visualize(
         'versions': _versions(),
     }
     return Samples(images, score.names, settings, diagnosed, trace, film)
+
+
+def settle(
+    reference: Any,
+    temperature: float | None,
+    tilt: float | None,
+    dtype: torch.dtype | None,
+    preset: str | None,
+    **numbers: Any,
+) -> tuple[Preset | None, float, float | None]:
+    """Preset, temperature and tilt that a call means, after a look at all arguments that need no network.
+
+    Raises:
+        ValueError: An argument out of its range, or at odds with the preset.
+    """
+    paper = find_preset(preset) if preset is not None else None
+    if paper:
+        if reference != 'natural' or temperature not in (None, 1) or tilt not in (None, 1):
+            raise ValueError(f'preset={preset!r} fixes reference, temperature and tilt: leave them out')
+        temperature = 1.0
+    temperature, tilt = _regime(temperature, tilt)
+    check(temperature=temperature, tilt=tilt, **numbers)
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
+    return paper, temperature, tilt
 
 
 def _regime(temperature: float | None, tilt: float | None) -> tuple[float, float | None]:
@@ -378,7 +396,7 @@ class _Run:
                 self.batch = max(1, min(self.batch, len(self.nodes) * self.n) // 2)
                 if self.device.type == 'cuda':
                     torch.cuda.empty_cache()
-            warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=3)
+            warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=4)
 
     @contextmanager
     def scoring(self, group: list[int]) -> Iterator[ScoreFunction]:
