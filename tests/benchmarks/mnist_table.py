@@ -24,7 +24,7 @@ def test_error(run: Path) -> float | None:
     """Test error after the last epoch in per cent, or None while the run is not finished."""
     path = run / 'summary.csv'
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    return 100 - float(rows[-1]['eval_top1']) if len(rows) == EPOCHS else None
+    return 100 - float(rows[-1]['eval_top1']) if rows and int(rows[-1]['epoch']) == EPOCHS - 1 else None
 
 
 def main() -> None:
