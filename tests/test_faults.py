@@ -293,6 +293,9 @@ def test_progress_bar_counts_gradients_and_shows_score_and_acceptance(
     last = bar.shown[-1]
     assert float(last['score']) == pytest.approx(samples.trace[-1, 2].item(), abs=0.006)
     assert 0 <= float(last['acceptance']) <= 1
+    monkeypatch.setattr(room.time, 'monotonic', lambda: 0)  # over before the bar was drawn once
+    quick(Net(), 1, n=3, steps=65, temperature=temperature, progress=True)
+    assert bars[-1].n == 2 * 65
     quick(Net(), 1)
     assert bars[-1].disable
 
