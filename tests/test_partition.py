@@ -61,6 +61,14 @@ def test_parameters_keep_their_gradients_and_a_seed_repeats():
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_the_same_where_gradients_are_off(mode):
+    net = Linear().eval()
+    expected = log_z(net, 0, n=4, levels=5)
+    with mode():
+        assert log_z(net, 0, n=4, levels=5).log_z == expected.log_z
+
+
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [

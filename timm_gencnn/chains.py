@@ -125,8 +125,9 @@ def start(
                 'restarting them elsewhere in the reference',
                 stacklevel=2,
             )
+        own = streams.split(1)
         for i in dead.nonzero()[:, 0].tolist():  # only their own streams move on
-            z[i] = streams.only(i).normal(shape)[0]
+            z[i] = own[i].normal(shape)[0]
     raise StartError(
         f'the gradient of the score stayed zero on {int(dead.sum())} of {len(dead)} images after {tries} restarts: '
         'the unit is dead on the reference. Name the layer before the activation, or try another reference '

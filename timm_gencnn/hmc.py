@@ -79,11 +79,15 @@ class Streams:
     def __len__(self) -> int:
         return len(self.generators)
 
-    def only(self, index: int) -> Streams:
-        """The stream of one chain, shared with this object: what it draws there is drawn here."""
-        one = copy(self)
-        one.generators, one.host = self.generators[index : index + 1], self.host[index : index + 1]
-        return one
+    def split(self, size: int) -> list[Streams]:
+        """The same streams, at most `size` to a piece: what a piece draws is drawn here."""
+        pieces = []
+        for first in range(0, len(self), size):
+            piece = copy(self)
+            piece.generators = self.generators[first : first + size]
+            piece.host = self.host[first : first + size]
+            pieces.append(piece)
+        return pieces
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normals [n, *shape]."""

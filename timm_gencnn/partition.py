@@ -11,6 +11,7 @@ from .reference import Reference
 from .visualize import check, chunk, frozen, load, make_reference
 
 
+@torch.inference_mode(False)
 def log_z(
     model: str | nn.Module,
     node: Node,
@@ -49,24 +50,16 @@ def log_z(
     from tqdm.auto import tqdm
 
     check(n=n, levels=levels, seed=seed)
-    if n < 2:
-        raise ValueError(f'n={n}: a standard error needs at least 2 chains')
     if isinstance(node, (list, tuple, range)):
         raise ValueError(f'log Z is that of one node, got the list {node!r}: call once for each')
     net, _, where = load(model, device)
     with frozen(net):
         score = resolve(net, [node], size=(size, size) if isinstance(size, int) else size)
         q = make_reference(reference, net, score.in_chans, score.size, where)
-        spent = ais.gradients(levels)
-        parts: list[tuple[Tensor, Tensor]] = []
-        with tqdm(total=n * spent, unit='grad', disable=not progress, desc='log Z') as bar:
+        with tqdm(total=n * ais.gradients(levels), unit='grad', disable=not progress, desc='log Z') as bar:
 
             def f(z: Tensor) -> Tensor:
                 bar.update(len(z))
                 return score(q(z))
 
-            for first in range(0, n, chunk(q)):
-                streams = hmc.Streams(seed, range(first, min(first + chunk(q), n)), where)
-                parts.append(ais.log_weights(f, q.shape, streams, levels))
-    weights, acceptance = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ais.summarise(weights, acceptance, spent)
+            return ais.log_z(f, q.shape, hmc.Streams(seed, range(n), where), levels, batch=chunk(q))

@@ -51,7 +51,7 @@ PRESETS = {
 }
 
 
-def preset(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """The preset of that name.
 
     Raises:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from . import chains, diagnostics, hmc
 from .nodes import Node, ScoreFunction, resolve
-from .presets import PRESETS, Preset
-from .presets import preset as find_preset
+from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
 from .samples import Samples, read_metadata, to_rgb
@@ -153,6 +152,8 @@ def settle(
 ) -> tuple[Preset | None, float, float | None]:
     """Preset, temperature and tilt that a call means, after a look at all arguments that need no network.
 
+    T = 1 alone means the model itself, tilt = 1; otherwise a tilt of None is automatic.
+
     Raises:
         ValueError: An argument out of its range, or at odds with the preset.
     """
@@ -161,20 +162,14 @@ def settle(
         if reference != 'natural' or temperature not in (None, 1) or tilt not in (None, 1):
             raise ValueError(f'preset={preset!r} fixes reference, temperature and tilt: leave them out')
         temperature = 1.0
-    temperature, tilt = _regime(temperature, tilt)
-    check(temperature=temperature, tilt=tilt, **numbers)
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
-    return paper, temperature, tilt
-
-
-def _regime(temperature: float | None, tilt: float | None) -> tuple[float, float | None]:
-    """The measured gallery defaults (tilt None is automatic); T = 1 alone means the model itself."""
     if temperature is None:
         temperature = GALLERY_TEMPERATURE
     if tilt is None and temperature == 1:
         tilt = 1.0
-    return temperature, tilt
+    check(temperature=temperature, tilt=tilt, **numbers)
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
+    return paper, temperature, tilt
 
 
 def load(model: str | nn.Module, device: str | torch.device | None) -> tuple[nn.Module, str, torch.device]:
