@@ -2,8 +2,8 @@
 
     python tests/benchmarks/mnist_table.py --seeds 5 [--dataset hfds/FOLDER] [--output output/mnist_table]
 
-Each run is `gencnn train -c lenet_mnist --phase PHASE --seed SEED`, about 8 minutes on one idle core. Finished runs are
-not repeated and a run that was cut short goes on where it stopped, so the command can be given again at any time.
+Each run is `gencnn train -c lenet_mnist --phase PHASE --seed SEED`, about five minutes on one idle core. Finished runs
+are not repeated and a run that was cut short goes on where it stopped, so the command can be given again at any time.
 `--only-print` prints the table of the runs that are there.
 """
 
