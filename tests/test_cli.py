@@ -53,6 +53,16 @@ def test_like_keeps_to_white_noise_at_temperature_1_and_to_the_size(tmp_path):
         assert first.tobytes() == second.tobytes()
 
 
+def test_like_repeats_a_picture_from_before_a_setting_existed(tmp_path):
+    samples = timm_gencnn.visualize(LENET, 7, n=2, steps=8, progress=False)
+    for name in 'compile', 'preset':
+        del samples.settings[name]
+    path = samples.save(tmp_path / 'a.png')
+    assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'b.png')]) == 0
+    with Image.open(path) as first, Image.open(tmp_path / 'b.png') as second:
+        assert first.tobytes() == second.tobytes()
+
+
 def test_like_refuses_what_it_cannot_repeat(tmp_path, capsys):
     """Other weights, or a reference of one's own: an error, not another picture."""
     model = timm.create_model(LENET, pretrained=True).eval()

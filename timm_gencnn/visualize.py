@@ -537,7 +537,7 @@ def repeat_settings(path: str) -> dict[str, Any]:
     Raises:
         ValueError: Something that determines the pixels cannot be had by name.
     """
-    old = read_metadata(path).get('settings', {})
+    old = {'compile': False, 'preset': None} | read_metadata(path).get('settings', {})  # what older pictures lack
     missing = [k for k in ('model', 'nodes', 'n', 'steps', 'reference', 'temperature', 'size', 'seed') if k not in old]
     if missing:
         raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
@@ -560,10 +560,10 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f'--like repeats a run as it was: leave out {", ".join(given)}')
         old = repeat_settings(args.like)
         model, nodes = old['model'], old['nodes']
-        kwargs = {k: old.get(k) for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed', 'preset')}
+        kwargs = {k: old.get(k) for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed')}
+        kwargs |= {k: old[k] for k in ('preset', 'compile')}
         if kwargs['preset'] is not None:
             kwargs = {k: v for k, v in kwargs.items() if k not in ('reference', 'temperature', 'tilt')}
-        kwargs['compile'] = old.get('compile', False)
         kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
     elif not model or not nodes:
         raise ValueError('give a model and at least one node, or --like FILE.png')
