@@ -1,12 +1,15 @@
 """`gencnn train --script`: a user's own copy of timm's train.py, with the generative task in place of its own.
 
-The script runs unmodified; while it runs, two of timm's names mean something else: `timm.task.ClassificationTask` is a
-GenerativeTask with the generative flags, and `timm.data.create_loader` notes how many batches an epoch has.
+The script runs unmodified. While it runs, `timm.task.ClassificationTask` is a GenerativeTask with the generative flags,
+timm's functions that create loaders and schedules tell that task what it must know, and other tasks are refused.
 """
 
 import argparse
+import inspect
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,11 +17,15 @@ from unittest import mock
 import timm.data
 import timm.scheduler
 import timm.task
+from torch import Tensor
 
+from . import train_data
+from .reference import natural_for
 from .task import GenerativeTask
 from .train_args import add_generative_arguments
 
-_NEEDED = ('ClassificationTask', 'create_loader', 'create_scheduler_v2')
+# Earlier ones of timm's scripts go without get_eval_model: they would validate the model without its intercepts.
+_NEEDED = ('ClassificationTask', 'get_eval_model', 'create_loader', 'create_scheduler_v2')
 
 
 def run(argv: list[str]) -> None:
@@ -36,35 +43,43 @@ def run(argv: list[str]) -> None:
     text = Path(path).read_text()
     missing = [name for name in _NEEDED if name not in text]
     if missing:
-        raise ValueError(f'{path} does not use {", ".join(missing)} of timm: only scripts built like its train.py do')
-    for flag in ('--kd-model-name', '--multi-label'):
-        if any(f.split('=')[0] == flag for f in flags):
-            raise ValueError(f'{flag} trains with a task of its own, which cannot be generative: leave it out')
+        raise ValueError(
+            f'{path} lacks {", ".join(missing)}: only scripts built like the train.py of timm {timm.__version__} '
+            "run; take that one from timm's repository, or `gencnn train` without --script"
+        )
     parser = argparse.ArgumentParser(prog='gencnn train --script', add_help=False, allow_abbrev=False)
     add_generative_arguments(parser)
     args, rest = parser.parse_known_args(flags)
     if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
         raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
-    patches = _Patches(args)
-    with (
-        mock.patch.object(timm.task, 'ClassificationTask', patches.task_class()),
-        mock.patch.object(timm.data, 'create_loader', patches.create_loader),
-        mock.patch.object(timm.scheduler, 'create_scheduler_v2', patches.create_scheduler),
-        mock.patch.object(sys, 'argv', [path, *rest]),
-    ):
+    session = _Session(args)
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (timm.task, 'ClassificationTask', session.task_class()),
+            (timm.task.TrainingTask, '__init__', _generative_only),
+            (timm.data, 'create_loader', session.create_loader),
+            (timm.data, 'create_naflex_loader', session.create_naflex_loader),
+            (timm.scheduler, 'create_scheduler_v2', session.create_scheduler),
+            (sys, 'argv', [path, *rest]),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
         runpy.run_path(path, run_name='__main__')
-    if patches.task is None:
-        raise ValueError(f'{path} trained without a ClassificationTask: nothing was generative')
+    if session.task is None:
+        raise ValueError(f'{path} has created no ClassificationTask: nothing was trained')
 
 
-class _Patches:
+class _Session:
+    """What the script has created so far."""
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.task: GenerativeTask | None = None
         self.batches: int | None = None
+        self.bridge: Any = None
+        self.unlabeled: Iterator[Tensor] | None = None
 
     def task_class(self) -> type[GenerativeTask]:
-        patches, args = self, self.args
+        session, args = self, self.args
 
         class Task(GenerativeTask):
             def __init__(self, *positional: Any, **kwargs: Any) -> None:
@@ -77,36 +92,95 @@ class _Patches:
                     queue=args.pool_queue,
                     running_log_z=args.pool_running_log_z,
                 )
-                patches.task = self
-                patches.set_gen_steps()
+                session.task = self
+                session.connect()
+
+            def forward(self, input: Any, target: Tensor, unlabeled: Tensor | None = None) -> dict[str, Tensor]:
+                if session.unlabeled is not None and self.generative:
+                    unlabeled = next(session.unlabeled).to(input)
+                return super().forward(input, target, unlabeled)
 
         return Task
 
     def create_loader(self, *positional: Any, **kwargs: Any) -> Any:
+        """timm's loader; that of the training images also says what the image pool is made of."""
         loader = _create_loader(*positional, **kwargs)
-        if kwargs.get('is_training'):
+        given = _LOADER_ARGUMENTS.bind(*positional, **kwargs).arguments
+        if given.get('is_training'):
             self.batches = len(loader)
-            self.set_gen_steps()
+            self._open_pool(given)
+            self.connect()
         return loader
 
-    def set_gen_steps(self) -> None:
-        if self.task is not None and self.batches is not None and self.args.gen_epochs is not None:
-            self.task.gen_steps = round(self.args.gen_epochs * self.batches)
+    def _open_pool(self, given: dict[str, Any]) -> None:
+        args = self.args
+        if not (args.pool_reference or _has_unlabeled(args)):
+            return
+        if given.get('input_size_choices'):
+            raise ValueError('the image pool needs images of one size: leave out --train-img-sizes')
+        channels, *size = given['input_size']
+        if args.pool_reference:
+            self.bridge = natural_for(given, channels, tuple(size), given['device']).bridge
+        if _has_unlabeled(args):
+            dataset = train_data.open_dataset(
+                args.unlabeled_dataset or '', args.unlabeled_data_dir, args.unlabeled_split, channels
+            )
+            batch_size = args.unlabeled_batch_size or given['batch_size']
+            plain = {'dataset': dataset, 'batch_size': batch_size, 'collate_fn': None, 'num_aug_splits': 0}
+            self.unlabeled = train_data.endless(_create_loader(**{**given, **plain}))
+
+    def create_naflex_loader(self, *positional: Any, **kwargs: Any) -> Any:
+        loader = _create_naflex_loader(*positional, **kwargs)
+        if kwargs.get('is_training'):
+            if self.args.pool_reference or _has_unlabeled(self.args):
+                raise ValueError('further images cannot join patches: leave out --naflex-loader or the further images')
+            self.batches = len(loader)
+            self.connect()
+        return loader
+
+    def connect(self) -> None:
+        """Tell the task what depends on the training images, whichever of the two comes first."""
+        if self.task is not None and self.batches is not None:
+            self.task.bridge = self.bridge
+            if self.args.gen_epochs is not None:
+                self.task.gen_steps = round(self.args.gen_epochs * self.batches)
 
     def create_scheduler(self, optimizer: Any, *positional: Any, **kwargs: Any) -> Any:
-        """Multiply the schedule's rates by disc_lr / lr from the switch on."""
+        """timm's schedule; from the switch on, its rates are multiplied by disc_lr / lr."""
+        if self.task is None:
+            raise ValueError('the script creates a schedule before its ClassificationTask, unlike the train.py of timm')
         scheduler, epochs = _create_scheduler(optimizer, *positional, **kwargs)
-        if self.args.disc_lr is not None and self.task is not None and scheduler is not None:
+        if self.args.disc_lr is None:
+            return scheduler, epochs
+        factor = self.args.disc_lr / max(scheduler.base_values)
 
-            def scale() -> None:
-                factor = self.args.disc_lr / max(scheduler.base_values)
-                scheduler.base_values = [value * factor for value in scheduler.base_values]
-                for group in optimizer.param_groups:
-                    group['lr'] *= factor
+        def scale() -> None:
+            scheduler.base_values = [value * factor for value in scheduler.base_values]
+            for group in optimizer.param_groups:
+                group['lr'] *= factor
 
+        if self.task.switch_step is None:
             self.task.on_switch = scale
+        else:  # resumed after the switch
+            scale()
         return scheduler, epochs
 
 
+def _generative_only(task: Any, *args: Any, **kwargs: Any) -> None:
+    if not isinstance(task, GenerativeTask):
+        raise ValueError(
+            f'{type(task).__name__} cannot be generative: leave out the flag that asks for it '
+            '(--kd-model-name, --task multilabel)'
+        )
+    _initialize(task, *args, **kwargs)
+
+
+def _has_unlabeled(args: argparse.Namespace) -> bool:
+    return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
+
+
+_initialize = timm.task.TrainingTask.__init__
 _create_loader = timm.data.create_loader
+_create_naflex_loader = timm.data.create_naflex_loader
 _create_scheduler = timm.scheduler.create_scheduler_v2
+_LOADER_ARGUMENTS = inspect.signature(_create_loader)

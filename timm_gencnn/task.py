@@ -125,7 +125,7 @@ class GenerativeTask(ClassificationTask):
         """Compute the loss of the current phase.
 
         Args:
-            input: Images [n, C, H, W].
+            input: Images [n, C, H, W], or what else the model takes, such as a dict of patches.
             target: Class indices [n] or class weights [n, C].
             unlabeled: Images without a class [m, C, H, W]. In the generative phase they enter the softmax, so that q
                 is the mixture of both sets; otherwise they are not used.
@@ -141,7 +141,7 @@ class GenerativeTask(ClassificationTask):
 
         images = self.bridge(input) if self.bridge else input
         logits = self.trainable_module(images if unlabeled is None else torch.cat([images, unlabeled]))
-        output, pool = logits[: len(input)], logits[len(input) :]
+        output, pool = logits[: len(target)], logits[len(target) :]
         if self.queue is not None:
             pool = torch.cat([pool, self.queue])
         if self.running_log_z:
@@ -260,11 +260,20 @@ class GenerativeTask(ClassificationTask):
         return {name: p for name, p in model.named_parameters() if any(p is b for b in biases)}
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """Return the model for validation: with the intercepts added to its logits in the generative phase."""
+        """Return the model for validation: with the intercepts of the moment added to its logits while they are needed.
+
+        It may be fetched once, before training, and kept, as timm's train.py does.
+        """
         model = super().get_eval_model(module, ema)
-        if model is None or module is not None or not self.calibrates:
+        if model is None or module is not None or self.phase == 'DG' or self.hybrid:
             return model
-        return _Calibrated(model, self.intercepts())
+        return _Calibrated(model, lambda: self.intercepts() if self.calibrates else None)
+
+    def compile_ema(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module | None:
+        """Compile the averaged model for validation, without the intercepts: they change."""
+        if self.has_ema():
+            self.eval_model_ema = torch.compile(super().get_eval_model(ema=True), backend=backend, mode=mode, **kwargs)
+        return self.get_eval_model(ema=True)
 
     # Checkpoints
 
@@ -316,9 +325,9 @@ class GenerativeTask(ClassificationTask):
 
 
 class _Calibrated(nn.Module):
-    """A model with the intercepts added to its logits. unwrap_model sees through it."""
+    """A model with the intercepts, if there are any now, added to its logits. unwrap_model sees through it."""
 
-    def __init__(self, module: nn.Module, intercepts: Tensor) -> None:
+    def __init__(self, module: nn.Module, intercepts: Callable[[], Tensor | None]) -> None:
         super().__init__()
         self.module = module
         self.intercepts = intercepts
@@ -326,4 +335,5 @@ class _Calibrated(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         logits = self.module(*args, **kwargs)
-        return logits.float() + self.intercepts.to(logits.device)
+        intercepts = self.intercepts()
+        return logits if intercepts is None else logits.float() + intercepts.to(logits.device)

@@ -60,6 +60,15 @@ def add_generative_arguments(parser: Any) -> None:
     add('--hybrid', type=float, default=0.0, metavar='H', help='weight of the discriminative loss before the switch')
     add('--pool-queue', type=int, default=0, metavar='N', help='past images whose logits enlarge the image pool')
     add('--pool-running-log-z', action='store_true', help='weigh images by a running log Z instead of the batch')
+    add('--unlabeled-dataset', metavar='NAME', help='further images for the softmax over images; labels are not read')
+    add('--unlabeled-data-dir', metavar='DIR', help='its root folder')
+    add('--unlabeled-split', default='train', metavar='NAME')
+    add('--unlabeled-batch-size', type=int, metavar='N', help='default: as --batch-size')
+    add(
+        '--pool-reference',
+        action='store_true',
+        help="before the switch, images between the training images and the pictures' reference join the image pool",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,15 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--input-img-mode', metavar='MODE', help="image mode; default 'L' for one channel, else 'RGB'")
     add('--input-key', metavar='KEY', help='column of the images')
     add('--target-key', metavar='KEY', help='column of the labels')
-    add('--unlabeled-dataset', metavar='NAME', help='further images for the softmax over images; labels are not read')
-    add('--unlabeled-data-dir', metavar='DIR', help='its root folder')
-    add('--unlabeled-split', default='train', metavar='NAME')
-    add('--unlabeled-batch-size', type=int, metavar='N', help='default: as --batch-size')
-    add(
-        '--pool-reference',
-        **switch,
-        help="before the switch, images between the training images and the pictures' reference join the image pool",
-    )
     add('--cache-images', **switch, help='keep decoded images in memory; only without augmentation (--no-aug)')
 
     add = parser.add_argument_group('model').add_argument
