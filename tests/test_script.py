@@ -87,7 +87,7 @@ if args.torchcompile:
     if task.has_ema():
         task.compile_ema(backend=args.torchcompile)
 if args.distributed:
-    task.prepare_distributed()
+    task.prepare_distributed(device_ids=[device])
     model = task.get_trainable_module()
 saver = utils.CheckpointSaver(model, optimizer, args=args, checkpoint_dir=args.output, task=task) \\
     if utils.is_primary(args) else None

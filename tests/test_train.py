@@ -19,6 +19,7 @@ import torch
 import torch.multiprocessing as mp
 import yaml
 from PIL import Image
+from timm.loss import create_classification_loss
 
 from timm_gencnn import checkpoints, cli, train, train_args
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
@@ -193,7 +194,14 @@ def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(images, tmp_p
     assert checkpoints.find_checkpoint(tmp_path / 'run') is not None
 
 
-def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ('more', 'what', 'kept', 'unfinished'),
+    [
+        ([], 'the checkpoint of epoch 1', 'checkpoint-0', 'tmp'),
+        (['--recovery-interval', '2'], 'the recovery checkpoint of epoch 0, batch 3', 'recovery-0-1', 'recovery_tmp'),
+    ],
+)
+def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, what, kept, unfinished):
     save, calls = torch.save, [0]
 
     def full(state, path):
@@ -204,11 +212,11 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch):
         save(state, path)
 
     monkeypatch.setattr(torch, 'save', full)
-    error = failure(capsys, flags(images, tmp_path))
-    assert 'cannot write the checkpoint of epoch 1' in error
-    assert 'last.pth.tar still holds the epoch before' in error
-    assert not (tmp_path / 'run/tmp.pth.tar').exists()
-    assert torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['epoch'] == 0
+    error = failure(capsys, flags(images, tmp_path, *more))
+    assert f'cannot write {what}' in error
+    assert f'the last good checkpoint is {tmp_path}/run/{kept}.pth.tar; make room' in error
+    assert not (tmp_path / f'run/{unfinished}.pth.tar').exists()
+    assert torch.load(tmp_path / f'run/{kept}.pth.tar', weights_only=False)['epoch'] == 0
 
 
 @pytest.mark.parametrize(
@@ -267,6 +275,8 @@ def test_a_class_without_images_and_batches_of_one_class_train(images, tmp_path)
         ['--switch-ess', '7.9', '--bce-loss', '--clip-mode', 'agc', '--clip-grad', '0.1'],
         ['--val-split', '', '--phase', 'DG', '--recovery-interval', '2', '--model-kwargs', 'drop_rate=0.1'],
         ['--torchcompile', 'eager', '--phase', 'GG'],
+        ['--loss', 'bce', '--loss-pos-weight', '2', '--loss-class-weight', '1,2,1', '--smoothing', '0'],
+        ['--loss', 'asl', '--asl-gamma-neg', '2', '--dataset', 'torch/image_folder', '--in-chans', '3'],
     ],
     ids=lambda more: ' '.join(more[:2]),
 )
@@ -276,6 +286,21 @@ def test_flags_work_together(images, tmp_path, more):
     row = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]
     assert math.isfinite(float(row['train_loss']))
     assert all(v.isfinite().all() for v in weights(tmp_path / 'run/last.pth.tar').values())
+
+
+def test_loss_flags_make_timms_criterion(images, tmp_path):
+    more = ['--phase', 'DG', '--loss', 'poly', '--poly-epsilon', '1.5', '--smoothing', '0.2']
+    trainer = train.Trainer(prepared(parse(flags(images, tmp_path, *more))), torch.device('cpu'))
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    expected = create_classification_loss('poly', poly_epsilon=1.5, smoothing=0.2)(logits, target)
+    assert torch.equal(trainer.task.criterion(logits, target), expected)
+
+
+def test_validation_and_checkpoints_at_intervals(images, tmp_path):
+    assert cli.main(flags(images, tmp_path, '--epochs', '5', '--val-interval', '2')) == 0
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert [row['epoch'] for row in rows] == ['1', '3', '4']  # the last one too
+    assert not (tmp_path / 'run/checkpoint-2.pth.tar').exists()
 
 
 def test_accumulated_gradients_are_the_mean_of_the_micro_batches(images, tmp_path):
@@ -414,6 +439,9 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         cli.main(['train', '--warmup-epoch5', '3'])
     assert exit_.value.code == 2
     assert '--warmup-epochs' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(['train', '--kd-model-name', 'resnet50'])  # a flag of timm's that only its own script has
+    assert 'run it with --script' in capsys.readouterr().err
 
 
 # Schedules

@@ -1,6 +1,8 @@
 """Checkpoints of `gencnn train` on disk: find the newest whole one, and save without losing the last."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,28 @@ def save(saver: CheckpointSaver, epoch: int, metric: float | None) -> None:
     Raises:
         OSError: It could not be written, for example because the disk is full.
     """
-    try:
+    with _last_one_kept(saver, 'tmp', f'the checkpoint of epoch {epoch}'):
         saver.save_checkpoint(epoch, metric)
+
+
+def save_recovery(saver: CheckpointSaver, epoch: int, batch: int) -> None:
+    """Save a recovery checkpoint; on failure the last checkpoints are still there.
+
+    Raises:
+        OSError: It could not be written, for example because the disk is full.
+    """
+    with _last_one_kept(saver, 'recovery_tmp', f'the recovery checkpoint of epoch {epoch}, batch {batch}'):
+        saver.save_recovery(epoch, batch)
+
+
+@contextmanager
+def _last_one_kept(saver: CheckpointSaver, unfinished: str, what: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError) as error:
-        Path(saver.checkpoint_dir, f'tmp{saver.extension}').unlink(missing_ok=True)
-        last = Path(saver.checkpoint_dir, f'last{saver.extension}')
-        kept = f'{last} still holds the epoch before; ' if last.exists() else ''
-        raise OSError(
-            f'cannot write the checkpoint of epoch {epoch} ({error}): {kept}make room and go on with --resume auto'
-        ) from error
+        Path(saver.checkpoint_dir, f'{unfinished}{saver.extension}').unlink(missing_ok=True)
+        kept = f'{describe(saver)}; make room and go on with --resume auto'
+        raise OSError(f'cannot write {what} ({error}): {kept}') from error
 
 
 def resume_path(resume: str, folder: Path) -> str | None:

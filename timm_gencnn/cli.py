@@ -38,16 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = argv[0] if argv and argv[0] in COMMANDS else None
     module = None
     known: list[str] = []
+    epilog = ''
     for name, (room, text) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
         if name == chosen:  # only the chosen command's module is imported
             module = importlib.import_module(f'timm_gencnn.{room}')
             module.add_arguments(sub)
-            known = list(sub._option_string_actions)
+            known, epilog = list(sub._option_string_actions), sub.epilog or ''
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = get_close_matches(unknown[0].split('=')[0], known, n=1)
-        parser.error(f'unknown argument {unknown[0]!r}' + (f', perhaps {near[0]}' if near else ''))
+        parser.error(f'unknown argument {unknown[0]!r}' + (f', perhaps {near[0]}. ' if near else '. ') + epilog)
     if args.version:
         from . import __version__
 

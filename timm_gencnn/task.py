@@ -117,6 +117,8 @@ class GenerativeTask(ClassificationTask):
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'GenerativeTask':
         """Wrap the model in DistributedDataParallel and take the softmax over the images of all ranks."""
+        if self.device.type == 'cpu':
+            device_ids = None  # DistributedDataParallel refuses the CPU's, which timm's train.py passes
         super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
         self.generative_loss.distributed = True
         return self

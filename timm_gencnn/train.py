@@ -18,6 +18,7 @@ import yaml
 from timm import utils
 from timm.data import FastCollateMixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.loss import load_class_stats, resolve_class_weights
 from timm.models import create_model, model_parameters, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
@@ -101,9 +102,7 @@ class Trainer:
         if args.start_epoch is not None:
             self.epoch = args.start_epoch
         if args.distributed:
-            ids = [device] if device.type == 'cuda' else None
-            buffers = {'broadcast_buffers': False} if args.no_ddp_bb else {}
-            self.task.prepare_distributed(device_ids=ids, **buffers)
+            self.task.prepare_distributed(device_ids=[device], broadcast_buffers=not args.no_ddp_bb)
         self.schedule = self._create_schedule()
         self.task.on_switch = self._switched
         self.saver = self._create_saver(path) if self.primary else None
@@ -117,8 +116,8 @@ class Trainer:
         optional = {'in_chans': in_chans, 'img_size': args.img_size, 'num_classes': args.num_classes}
         optional |= {'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block, 'global_pool': args.gp}
         optional |= {'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'drop_rate': args.drop or None}
-        if args.pretrained_path:
-            optional['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
+        overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else {}
+        optional['pretrained_cfg_overlay'] = {**overlay, **args.pretrained_cfg_overlay} or None
         try:
             model: Any = create_model(
                 args.model,
@@ -151,15 +150,9 @@ class Trainer:
 
     def _create_task(self, model: nn.Module) -> GenerativeTask:
         args = self.args
-        loss: dict[str, Any] = {'smoothing': args.smoothing}
-        if args.bce_loss:
-            loss |= {'loss_type': 'bce', 'bce_sum': args.bce_sum, 'bce_target_thresh': args.bce_target_thresh}
-            loss |= {'pos_weight': args.bce_pos_weight}
-        if self.mixup is not None:
-            loss |= {'soft_targets': True, 'smoothing': 0.0}  # mixup smooths the targets itself
         task = GenerativeTask(
             model,
-            criterion_kwargs=loss,
+            criterion_kwargs=self._loss_arguments(),
             device=self.device,
             verbose=self.primary,
             phase=args.phase,
@@ -176,6 +169,21 @@ class Trainer:
         if args.torchcompile:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         return task
+
+    def _loss_arguments(self) -> dict[str, Any]:
+        args = self.args
+        rules = {'power': args.loss_weight_power, 'beta': args.loss_weight_beta, 'max_weight': args.loss_weight_max}
+        rules['class_stats'] = load_class_stats(args.class_stats)
+        pos_weight = args.bce_pos_weight if args.loss_pos_weight is None else args.loss_pos_weight
+        names = ('bce_sum', 'bce_target_thresh', 'asl_gamma_pos', 'asl_gamma_neg', 'poly_epsilon')
+        return {
+            'loss_type': 'bce' if args.bce_loss else args.loss,
+            'smoothing': args.smoothing,
+            'soft_targets': self.mixup is not None,  # mixup smooths the targets itself
+            'class_weight': resolve_class_weights(args.loss_class_weight, 'class_weight', **rules),
+            'pos_weight': resolve_class_weights(pos_weight, 'pos_weight', **rules),
+            **{name: getattr(args, name) for name in names},
+        }
 
     def _restore(self, path: str) -> int:
         args = self.args
@@ -250,6 +258,9 @@ class Trainer:
                 utils.distribute_bn(
                     self.task.get_trainable_module(), self.args.world_size, self.args.dist_bn == 'reduce'
                 )
+            if (epoch + 1) % self.args.val_interval and epoch + 1 < self.schedule.epochs:
+                self.schedule.step(epoch + 1)
+                continue
             eval_metrics = self.validate()
             if self.task.has_ema() and not self.args.model_ema_force_cpu:
                 eval_metrics = self.validate(ema=True)
@@ -306,7 +317,7 @@ class Trainer:
                 bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
                 bar.update(args.log_interval)
             if self.saver is not None and args.recovery_interval and (i + 1) % args.recovery_interval == 0:
-                self.saver.save_recovery(epoch, batch_idx=i)
+                checkpoints.save_recovery(self.saver, epoch, i)
         bar.close()
         if args.distributed:
             loss_sum = utils.reduce_tensor(loss_sum, args.world_size)
@@ -357,7 +368,8 @@ class Trainer:
         if self.args.log_wandb:
             import wandb
 
-            wandb.init(project=self.args.wandb_project, name=self.output.name, config=vars(self.args))
+            args = self.args
+            wandb.init(project=args.wandb_project, name=self.output.name, config=vars(args), tags=args.wandb_tags)
         if self.args.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -73,6 +73,7 @@ def add_generative_arguments(parser: Any) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `gencnn train`."""
+    parser.epilog = "Other flags of timm's train.py: run it with --script."
     switch: dict[str, Any] = {'action': 'store_true'}
     parser.add_argument(
         '--script',
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', default='resnet50', metavar='NAME')
     add('--pretrained', **switch, help='start from pretrained weights')
     add('--pretrained-path', metavar='PATH', help='file to take the pretrained weights from')
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=ParseKwargs, help='entries of its configuration')
     add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights of this checkpoint')
     add('--resume', default='', metavar='PATH', help="go on from this checkpoint; 'auto': the run's newest whole one")
     add('--no-resume-opt', **switch, help="do not restore the optimizer's state")
@@ -187,10 +189,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--gaussian-blur-prob', type=float, default=0.0, metavar='P')
     add('--aa', metavar='NAME', help='AutoAugment policy')
     add('--aug-repeats', type=float, default=0, metavar='N')
-    add('--bce-loss', **switch, help='binary cross-entropy in the discriminative phase')
+    add('--loss', choices=['ce', 'bce', 'asl', 'poly'], help='discriminative loss (default: ce)')
+    add('--class-stats', metavar='FILE', help="counts of the classes, written by timm's class_weights.py")
+    add('--loss-pos-weight', metavar='X', help="of bce: 'neg_pos' (from --class-stats), a value, a list or a file")
+    add('--loss-class-weight', metavar='X', help="of bce: 'inv_freq' or 'effective_num', a value, a list or a file")
+    add('--loss-weight-power', type=float, default=1.0, metavar='X')
+    add('--loss-weight-beta', type=float, default=0.999, metavar='X')
+    add('--loss-weight-max', type=float, metavar='X')
+    add('--bce-loss', **switch, help='as --loss bce')
     add('--bce-sum', **switch)
     add('--bce-target-thresh', type=float, metavar='X')
-    add('--bce-pos-weight', type=float, metavar='X')
+    add('--bce-pos-weight', type=float, metavar='X', help='as --loss-pos-weight')
+    add('--asl-gamma-pos', type=float, default=1.0, metavar='X')
+    add('--asl-gamma-neg', type=float, default=4.0, metavar='X')
+    add('--poly-epsilon', type=float, default=2.0, metavar='X')
     add('--reprob', type=float, default=0.0, metavar='P', help='random erasing')
     add('--remode', default='pixel', metavar='MODE')
     add('--recount', type=int, default=1, metavar='N')
@@ -219,6 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--seed', type=int, default=42, metavar='N')
     add('--worker-seeding', default='all', choices=['all', 'part'])
     add('--log-interval', type=int, default=50, metavar='N', help='batches between two updates of the progress bar')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between two validations and checkpoints')
     add('--recovery-interval', type=int, default=0, metavar='N', help='batches between two recovery checkpoints')
     add('--checkpoint-hist', type=int, default=10, metavar='N')
     add('-j', '--workers', type=int, default=4, metavar='N')
@@ -229,6 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--eval-metric', default='top1', metavar='NAME')
     add('--log-wandb', **switch)
     add('--wandb-project', metavar='NAME')
+    add('--wandb-tags', nargs='+', default=[], metavar='TAG')
     add('--log-tensorboard', **switch)
 
 
