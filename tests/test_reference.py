@@ -177,3 +177,18 @@ def test_sampling_the_reference_alone_is_exact():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 8), (3, 7, 9), (1, 6, 5)])
+def test_the_gradient_of_the_field_is_that_of_its_definition(shape):
+    """The filter's own backward pass against differences, and against autograd through the transforms."""
+    reference = Natural(shape, [0.4] * shape[0], [0.2] * shape[0])
+    z = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(reference.field, z)
+    weight = torch.randn(2, *shape, dtype=torch.float64)
+    coloured = torch.fft.irfft2(torch.fft.rfft2(z) * reference._spectrum.double(), s=shape[1:])
+    field = torch.einsum('ij,njhw->nihw', reference._mix.double(), coloured)
+    torch.testing.assert_close(reference.field(z), field)
+    (expected,) = torch.autograd.grad((weight * field).sum(), z)
+    (grad,) = torch.autograd.grad((weight * reference.field(z)).sum(), z)
+    torch.testing.assert_close(grad, expected)

@@ -196,8 +196,8 @@ def sample_exact(
 class Schedule(NamedTuple):
     """Shape of a gallery run.
 
-    `strength`, `move` and `shift` were compared on a few settings each, by tests/benchmarks/bench_pictures.py on ten
-    classes and by sampled digits; the others were set once and not compared.
+    `strength` and `move` were compared on a few settings each, by tests/benchmarks/bench_pictures.py on ten classes
+    and by sampled digits; the others were set once and not compared.
 
     Attributes:
         strength: Size of the latents that the score asks for, per coordinate and relative to the reference's own: the
@@ -210,7 +210,6 @@ class Schedule(NamedTuple):
         start: Tilt at the start relative to the final one.
         ramp_up: Share of the budget over which `move` rises linearly at the start.
         ramp_down: Share of the budget over which it falls at the end.
-        shift: Largest circular shift, as a share of the image side, at which the score sees the image.
     """
 
     strength: float = 1.0
@@ -220,7 +219,6 @@ class Schedule(NamedTuple):
     start: float = 0.1
     ramp_up: float = 0.1
     ramp_down: float = 0.3
-    shift: float = 0.08
 
     def tilt(self, done: float) -> float:
         """Tilt relative to its final value when the share `done` in [0, 1] of the budget is spent."""
@@ -250,12 +248,12 @@ def sample_gallery(
     The chains start as images of the reference (T = 1) and cool down while the tilt rises.
 
     The step size follows from the gradient: eps² = move / (tilt · RMS(grad f)), so that a kick moves latents by about
-    `move` whatever the scale of the score. The score is seen through a random circular shift per chain and step, which
-    a stationary reference does not notice: the dynamics ascends the score averaged over shifts.
+    `move` whatever the scale of the score.
 
     Args:
-        score: f, latents [n, C, H, W] to scores [n].
-        state: The chains at their start (see `start`), latents [n, C, H, W].
+        score: f, latents [n, ...] to scores [n]; it may look at them in another random way at each call, so that the
+            dynamics climbs its mean.
+        state: The chains at their start (see `start`).
         streams: Random streams of the chains.
         steps: Budget of gradients per chain.
         temperature: T > 0.
@@ -268,14 +266,6 @@ def sample_gallery(
     """
     if steps < 8:
         raise ValueError(f'steps={steps} is too small for a picture: give at least 8, better 512')
-    reach = round(schedule.shift * min(state.z.shape[-2:]))
-
-    def shifted(z: Tensor) -> Tensor:
-        if not reach:
-            return score(z)
-        offsets = streams.integers(-reach, reach, 2)
-        return score(torch.stack([torch.roll(a, b, (-2, -1)) for a, b in zip(z, offsets, strict=True)]))
-
     rms = _rms(state.grad)
     tally = _Tally(state.score)
     for i in range(1, steps):
@@ -284,7 +274,7 @@ def sample_gallery(
         now = final * schedule.tilt(done)
         eps = (schedule.move * schedule.pace(done) / (now * rms)).sqrt().clamp(max=0.5)
         heat = schedule.temperature(done, temperature)
-        state, info = hmc.step(state, shifted, streams, eps, 1, heat, now, schedule.persistence, adjust=False)
+        state, info = hmc.step(state, score, streams, eps, 1, heat, now, schedule.persistence, adjust=False)
         rms = 0.95 * rms + 0.05 * _rms(state.grad)
         tally.add(state, info)
         if report:

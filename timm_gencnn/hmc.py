@@ -15,7 +15,6 @@ and knows nothing of networks, images or references.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import NamedTuple
@@ -71,9 +70,7 @@ class Streams:
     """
 
     def __init__(self, seed: int, chains: Sequence[int], device: torch.device | str = 'cpu'):
-        seeds = [mix_seed(seed, chain) for chain in chains]
-        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
-        self.host = [random.Random(s) for s in seeds]
+        self.generators = [torch.Generator(device).manual_seed(mix_seed(seed, chain)) for chain in chains]
         self.device = torch.device(device)
 
     def __len__(self) -> int:
@@ -85,7 +82,6 @@ class Streams:
         for first in range(0, len(self), size):
             piece = copy(self)
             piece.generators = self.generators[first : first + size]
-            piece.host = self.host[first : first + size]
             pieces.append(piece)
         return pieces
 
@@ -96,10 +92,6 @@ class Streams:
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniforms on [0, 1) [n, *shape]."""
         return self._draw(torch.rand, shape, dtype)
-
-    def integers(self, low: int, high: int, size: int) -> list[tuple[int, ...]]:
-        """`size` integers per chain in [low, high], drawn on the host: no wait for the device."""
-        return [tuple(r.randint(low, high) for _ in range(size)) for r in self.host]
 
     def _draw(self, fn: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.stack([fn(tuple(shape), generator=g, device=self.device, dtype=dtype) for g in self.generators])
@@ -135,7 +127,7 @@ def refresh(state: State, streams: Streams, temperature: float = 1.0, persistenc
     """Draws the momentum anew, keeping the share `persistence` in [0, 1) of the old one (Horowitz 1991)."""
     noise = streams.normal(state.z.shape[1:], state.z.dtype)
     scale = math.sqrt(temperature * (1 - persistence**2))
-    return state._replace(p=persistence * state.p + scale * noise)
+    return state._replace(p=noise.mul_(scale).add_(state.p, alpha=persistence))
 
 
 def leapfrog(

@@ -152,8 +152,8 @@ class Natural:
         return self._field(z, self._spectrum)
 
     def _field(self, z: Tensor, spectrum: Tensor) -> Tensor:
-        coloured = torch.fft.irfft2(torch.fft.rfft2(z) * spectrum.to(z.dtype), s=self.shape[1:])
-        return torch.einsum('ij,njhw->nihw', self._mix.to(z.dtype), coloured)
+        coloured = Filter.apply(z, spectrum.to(z.dtype))
+        return (self._mix.to(z.dtype) @ coloured.flatten(2)).view_as(z)
 
     def pixels(self, z: Tensor) -> Tensor:
         return torch.sigmoid(self.field(z) + self.centre)
@@ -193,6 +193,23 @@ class Natural:
 
     def settings(self) -> dict:
         return {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}
+
+
+class Filter(torch.autograd.Function):
+    """Multiplies the half spectrum of images [..., H, W] by a real gain [H, W // 2 + 1]: `Filter.apply(images, gain)`.
+
+    A real gain is its own adjoint, so that the gradient is filtered as the images are: by one real transform and back,
+    where autograd's own way through `rfft2` takes a complex one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, gain: Tensor) -> Tensor:
+        ctx.gain = gain
+        return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=images.shape[-2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Filter.apply(grad, ctx.gain), None
 
 
 @lru_cache

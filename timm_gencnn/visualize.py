@@ -24,6 +24,7 @@ from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
 from .samples import Samples, read_metadata, to_rgb
+from .views import Viewer, Views, views_of
 
 STEPS = 512
 GALLERY_TEMPERATURE = 0.005  # measured with the schedule of `chains.Schedule`
@@ -55,7 +56,8 @@ def visualize(
     f is the node's score and q the reference (Dai, Lu, Wu 2015, section 3). With `temperature=1, tilt=1` the chains
     sample the model itself: adjusted HMC, exact, with diagnostics that mean something (on an ordinary classifier the
     images are noise with faint structure: that is what the model believes). Otherwise, and by default, the run makes a
-    gallery picture: the same dynamics at a low temperature, without an accept step.
+    gallery picture: the same dynamics at a low temperature, without an accept step, on the score averaged over random
+    views of the image (see `timm_gencnn.views`).
 
     Args:
         model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
@@ -103,8 +105,9 @@ def visualize(
         q = make_reference(reference, net, score.in_chans, score.size, where)
         if steps is None:
             steps = paper.gradients(set(score.kinds) == {'class'}) if paper else STEPS
+        views = [views_of(kind, score.in_chans) for kind in score.kinds] if regime == 'gallery' else None
         run = _Run(
-            net, nodes, score, q, regime, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
+            net, nodes, score, q, views, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
             progress,
         )  # fmt: skip
         images, trace, per_image, gradients, film = run.run()
@@ -135,6 +138,7 @@ def visualize(
         'dtype': None if dtype is None else str(dtype).removeprefix('torch.'),
         'compile': compile,
         'regime': regime,
+        'views': [v._asdict() for v in views] if views else None,
         'preset': preset,
         'notes': notes,
         'versions': _versions(),
@@ -336,7 +340,7 @@ class _Run:
     nodes: list[Node]
     score: ScoreFunction
     reference: Reference
-    regime: str
+    views: list[Views] | None  # of each node; None in the exact regime
     n: int
     steps: int
     temperature: float
@@ -411,10 +415,6 @@ class _Run:
         def score(z: Tensor) -> Tensor:
             return node_score(self.reference(z))
 
-        def rough(z: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.dtype):
-                return score(z).float()
-
         streams = hmc.Streams(self.seed, ids, self.device)
         film: list[Tensor] = []
         last = [time.monotonic(), 0]
@@ -437,8 +437,8 @@ class _Run:
         except chains.StartError as e:
             names = dict.fromkeys(repr(node_score.names[i // len(some)]) for i in e.chains)
             raise ValueError(f'{", ".join(names)}: {e}') from None
-        if self.regime == 'exact':
-            kick = rough if self.dtype else None
+        if self.views is None:
+            kick = self.rough(score) if self.dtype else None
             if self.paper:
                 n_leapfrog, angle = self.paper.n_leapfrog, self.paper.angle
                 trace = chains.sample_exact(
@@ -447,15 +447,34 @@ class _Run:
             else:
                 trace = chains.sample_exact(score, state, streams, self.steps, kick=kick, report=report)
         else:
-            target = rough if self.dtype else score
+            viewer = Viewer([self.views[k] for k in group for _ in some], self.seed, ids, self.device)
+
+            def seen(z: Tensor) -> Tensor:
+                return node_score(viewer(self.reference(z)))
+
             trace = chains.sample_gallery(
-                target, state, streams, self.steps, self.temperature, self.tilt, report=report
+                self.rough(seen) if self.dtype else seen,
+                state,
+                streams,
+                self.steps,
+                self.temperature,
+                self.tilt,
+                report=report,
             )
         bar.update(self.steps - last[1])
         final, _ = hmc.score_and_grad(score, trace.z)  # the one pass that has been compiled is that with a gradient
         pixels = to_rgb(self.reference.pixels(trace.z))
         film.append(pixels)
         return trace._replace(gradients=trace.gradients + spent - 1), final, pixels, film
+
+    def rough(self, score: hmc.Score) -> hmc.Score:
+        """The same score under autocast."""
+
+        def cast(z: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype):
+                return score(z).float()
+
+        return cast
 
     def gather(self, blocks: list, parts: list) -> tuple[Tensor, Tensor, dict[str, list[Any]], int, Tensor | None]:
         """Puts the blocks' chains into the order of nodes."""
@@ -537,10 +556,12 @@ def repeat_settings(path: str) -> dict[str, Any]:
     Raises:
         ValueError: Something that determines the pixels cannot be had by name.
     """
-    old = {'compile': False, 'preset': None} | read_metadata(path).get('settings', {})  # what older pictures lack
+    old = {'compile': False, 'preset': None, 'views': None} | read_metadata(path).get('settings', {})  # older pictures
     missing = [k for k in ('model', 'nodes', 'n', 'steps', 'reference', 'temperature', 'size', 'seed') if k not in old]
     if missing:
         raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
+    if old.get('regime') == 'gallery' and old['views'] is None:
+        raise ValueError(f'{path!r} is from before gallery pictures had random views: draw it anew, without --like')
     if old['reference'] not in ('natural', 'white'):
         raise ValueError(f'{path!r} was drawn with a reference of its own, {old["reference"]!r}: repeat it from Python')
     return old

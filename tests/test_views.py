@@ -1,0 +1,207 @@
+"""Random views: what they show, their law, and that only gallery chains look through them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from timm_gencnn import cli, hmc
+from timm_gencnn.samples import read_metadata
+from timm_gencnn.views import PHOTOGRAPHS, PLAIN, Viewer, Views, resampling, views_of
+from timm_gencnn.visualize import visualize
+
+visualize_module = sys.modules['timm_gencnn.visualize']
+LENET = 'gencnn_lenet.gg_dg_mnist'
+SIDE = 32
+
+
+def waves(size: int) -> Tensor:
+    """Two channels from which a view's place can be read: cosine and sine of the column's angle [1, 2, 1, W]."""
+    angle = 2 * torch.pi * torch.arange(size) / size
+    return torch.stack([angle.cos(), angle.sin()])[None, :, None]
+
+
+def seen_columns(views: Views, n: int, seed: int = 0) -> Tensor:
+    """Unwrapped positions in the image of each view's columns [n, W], in columns."""
+    images = waves(SIDE).expand(n, 2, SIDE, SIDE)
+    view = Viewer([views] * n, seed, range(n))(images)[:, :, 0].double()
+    angle = torch.atan2(view[:, 1], view[:, 0])
+    steps = angle.diff(dim=1).remainder(2 * torch.pi)
+    steps = torch.where(steps > torch.pi, steps - 2 * torch.pi, steps)
+    return torch.cat([angle[:, :1], angle[:, :1] + steps.cumsum(1)], 1) * SIDE / (2 * torch.pi)
+
+
+# Resampling
+
+
+@pytest.mark.parametrize('start', [-3, 0, 2, 40])
+def test_a_whole_stretch_is_exactly_a_circular_shift(start: int) -> None:
+    signal = torch.randn(7)
+    shifted = resampling(7, torch.ones(1), torch.tensor([float(start)]))[0] @ signal
+    assert torch.equal(shifted, signal.roll(-start))
+
+
+def test_a_stretch_is_enlarged_by_linear_interpolation() -> None:
+    """Pixel i of the view is centred at start + (i + 1/2) side - 1/2; a ramp shows exactly that."""
+    ramp = torch.arange(8.0)
+    view = resampling(8, torch.tensor([0.5]), torch.tensor([2.0]))[0] @ ramp
+    torch.testing.assert_close(view, 1.75 + 0.5 * torch.arange(8))
+    around = resampling(8, torch.tensor([0.5]), torch.tensor([6.0]))[0] @ ramp
+    torch.testing.assert_close(around[:3], torch.tensor([5.75, 6.25, 6.75]))
+    torch.testing.assert_close(around[3], 0.75 * ramp[7] + 0.25 * ramp[0])  # over the edge
+
+
+# The law of the views
+
+
+def test_the_law_of_the_views() -> None:
+    """Sides uniform, half of the views mirrored, all places within the image and the shift."""
+    n = 2000
+    columns = seen_columns(PHOTOGRAPHS, n)
+    pace = columns.diff(dim=1).mean(1)
+    assert stats.binomtest(int((pace < 0).sum()), n).pvalue > 1e-3
+    side = pace.abs()
+    assert stats.kstest(side.numpy(), stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
+    assert stats.kstest(side.numpy(), stats.uniform(0.4, 0.6).cdf).pvalue < 1e-6  # another range would be seen
+    first = torch.where(pace < 0, columns[:, -1], columns[:, 0]) + 0.5 - side / 2  # rounded to whole columns
+    reach = 0.08 * SIDE
+    first = (first + SIDE / 4).remainder(SIDE) - SIDE / 4
+    assert -reach - 0.6 < first.min() < -reach + 1
+    assert SIDE / 2 + reach - 1 < first.max() < SIDE / 2 + reach + 0.6
+    place = (first + reach) / (SIDE * (1 - side) + 2 * reach)
+    assert stats.kstest(place.numpy(), 'uniform').statistic < 0.06  # rounding adds up to half a column
+
+
+def test_plain_views_only_move() -> None:
+    images = torch.randn(1, 3, 16, 24).expand(200, 3, 16, 24)
+    views = Viewer([PLAIN] * 200, 0, range(200))(images)
+    reach = range(-1, 2)  # 8 % of the shorter side
+    moved = [[images[0].roll((dy, dx), (1, 2)) for dx in reach] for dy in reach]
+    counts = torch.tensor([[sum(torch.equal(v, m) for v in views) for m in row] for row in moved])
+    assert counts.sum() == 200
+    assert (counts > 0).all()
+
+
+def test_views_stay_within_the_values_of_the_image() -> None:
+    images = torch.rand(16, 3, 20, 20)
+    views = Viewer([PHOTOGRAPHS] * 16, 0, range(16))(images)
+    assert views.shape == images.shape
+    assert images.min() <= views.min() <= views.max() <= images.max() + 1e-6
+
+
+def test_gradients_go_back_to_the_pixels_seen() -> None:
+    """A view is linear in the image: its gradient sums to the number of pixels seen, and needs no second draw."""
+    images = torch.randn(4, 3, 12, 12, requires_grad=True)
+    (grad,) = torch.autograd.grad(Viewer([PHOTOGRAPHS] * 4, 0, range(4))(images).sum(), images)
+    torch.testing.assert_close(grad.sum((2, 3)), torch.full((4, 3), 144.0))
+
+
+def test_a_chain_sees_the_same_views_in_every_batch_and_others_at_every_call() -> None:
+    images = torch.randn(4, 3, 16, 16)
+    laws = [PLAIN, PHOTOGRAPHS, PHOTOGRAPHS, PLAIN]
+    together, alone = Viewer(laws, 5, range(4)), Viewer(laws[2:3], 5, [2])
+    calls = [(together(images), alone(images[2:3])) for _ in range(3)]
+    for all_, one in calls:
+        assert torch.allclose(all_[2:3], one, atol=1e-6)
+    assert not torch.allclose(calls[0][1], calls[1][1], atol=0.1)
+    assert not torch.allclose(Viewer(laws, 6, range(4))(images), calls[0][0], atol=0.1)
+
+
+def test_views_and_momenta_draw_different_numbers() -> None:
+    for seed in range(3):
+        own, run = Viewer([PLAIN], seed, [0]).streams, hmc.Streams(seed, [0])
+        assert not torch.equal(own.uniform((4,)), run.uniform((4,)))
+
+
+# In the product
+
+
+@pytest.mark.parametrize(
+    ('kind', 'channels', 'views'),
+    [('class', 3, PHOTOGRAPHS), ('class', 1, PLAIN), ('layer', 3, PLAIN), ('sum', 3, PLAIN), ('callable', 3, PLAIN)],
+)
+def test_only_classes_of_colour_images_are_cropped_and_mirrored(kind: str, channels: int, views: Views) -> None:
+    assert views_of(kind, channels) == views
+
+
+class Stripes(nn.Module):
+    """Class 0 likes a stripe on the left of an image bright, class 1 its mirror image."""
+
+    num_classes = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[..., 6:10].mean((1, 2, 3)), x[..., 22:26].mean((1, 2, 3))], 1)
+
+
+def quick(model: nn.Module, node, **kwargs):
+    return visualize(model, node, **{'n': 8, 'steps': 80, 'size': SIDE, 'progress': False} | kwargs)
+
+
+def test_a_class_is_drawn_on_both_sides_and_a_callable_at_its_own() -> None:
+    stripe = lambda x: x[..., 6:10].mean((1, 2, 3))  # noqa: E731, the same score, but not a class
+    differences = []
+    for node in 0, stripe:
+        images = quick(Stripes().eval(), node).images
+        differences.append((images[..., 6:10].mean() - images[..., 22:26].mean()).item())
+    assert abs(differences[0]) < 0.1
+    assert differences[1] > 0.2
+
+
+def test_the_score_told_is_that_of_the_plain_image() -> None:
+    """And the trace's are those of views."""
+    model = Stripes().eval()
+    samples = quick(model, [0, 1])
+    pixels = samples.images
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    scores = model((pixels - mean) / std)
+    told = torch.tensor(samples.diagnostics['score'])
+    torch.testing.assert_close(told[:8], scores[:8, 0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(told[8:], scores[8:, 1], atol=1e-3, rtol=0)
+    assert (samples.trace[-1] - told).abs().min() > 1e-3
+
+
+def test_a_view_costs_no_pass_through_the_network() -> None:
+    model, calls = Stripes().eval(), []
+    model.register_forward_hook(lambda *_: calls.append(0))
+    counts = []
+    for steps in 20, 50:
+        calls.clear()
+        quick(model, 0, steps=steps)
+        counts.append(len(calls))
+    assert counts[1] - counts[0] == 30
+
+
+def test_the_exact_regime_and_the_presets_have_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError('a view was asked for')
+
+    monkeypatch.setattr(visualize_module, 'Viewer', refuse)
+    model = Stripes().eval()
+    for kwargs in {'temperature': 1}, {'preset': 'paper-lenet', 'steps': 901}:
+        assert quick(model, 0, n=1, **kwargs).settings['views'] is None
+    with pytest.raises(AssertionError, match='a view was asked for'):
+        quick(model, 0)
+
+
+def test_chunks_of_chains_see_the_views_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stripes().eval()
+    whole = quick(model, [0, 1], n=3, steps=30)
+    for batch in 1, 2, 4:
+        monkeypatch.setattr(visualize_module, 'PIXELS_PER_BATCH', batch * 3 * SIDE * SIDE)
+        torch.testing.assert_close(quick(model, [0, 1], n=3, steps=30).images, whole.images, atol=1e-2, rtol=0)
+
+
+def test_pictures_say_their_views_and_older_ones_are_refused(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = visualize(LENET, [3, 'conv2:1'], n=1, steps=8, progress=False)
+    assert new.settings['views'] == [{'crop': 1.0, 'flip': False, 'shift': 0.08}] * 2
+    exact = visualize(LENET, 3, n=1, steps=70, temperature=1, progress=False)
+    for samples, code in (new, 2), (exact, 0):  # those at T = 1 are as they were
+        del samples.settings['views']
+        path = samples.save(tmp_path / 'old.png')
+        assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'again.png')]) == code
+    assert 'before gallery pictures had random views: draw it anew' in capsys.readouterr().err
+    assert read_metadata(tmp_path / 'again.png')['settings']['regime'] == 'exact'

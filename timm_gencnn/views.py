@@ -1,0 +1,94 @@
+"""Random views of images, through which the gallery regime shows them to the network.
+
+A class is the same class nearer, mirrored or moved aside, and photographs are stationary, symmetric and nearly the same
+at every scale, as the reference with its 1/f spectrum is. A picture that scores only at the very pixels where it was
+drawn is an accident of the network. So a gallery chain climbs the score averaged over views, one fresh view per chain
+and gradient, and the score that is reported at the end is that of the plain image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import hmc
+
+OWN_STREAMS = 0x5EED  # added to the seed of a run, so that views and momenta draw different numbers
+
+
+class Views(NamedTuple):
+    """The law of the random views of one node's images.
+
+    Attributes:
+        crop: Side of the smallest crop, as a share of the image's; sides are uniform on (crop, 1), then enlarged.
+        flip: Whether half of the views are mirrored, left to right.
+        shift: Largest circular shift of a view, as a share of the shorter image side.
+    """
+
+    crop: float = 1.0
+    flip: bool = False
+    shift: float = 0.08
+
+
+PHOTOGRAPHS = Views(crop=0.5, flip=True)
+PLAIN = Views()
+
+
+def views_of(kind: str, channels: int) -> Views:
+    """The views that leave a node's question what it is.
+
+    Classes of colour images are taken for things in photographs. Digits and letters do not survive a mirror, and a unit
+    inside a network may ask for an orientation, a scale or a place: they are only moved a little.
+
+    Args:
+        kind: As in `ScoreFunction.kinds`.
+        channels: Image channels.
+    """
+    return PHOTOGRAPHS if kind == 'class' and channels == 3 else PLAIN
+
+
+class Viewer:
+    """Shows each chain's image in a fresh random view at every call.
+
+    Args:
+        views: The law of each chain's views.
+        seed: Seed of the run.
+        chains: Index of each chain: chain i sees the same views in every batch that holds it.
+        device: Where the images will be.
+    """
+
+    def __init__(self, views: Sequence[Views], seed: int, chains: Sequence[int], device: torch.device | str = 'cpu'):
+        self.streams = hmc.Streams(seed + OWN_STREAMS, chains, device)
+        self.crop, self.flip, self.shift = (torch.tensor(v, device=device) for v in zip(*views, strict=True))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """A view of each image [n, C, H, W], of the same size, differentiable; costs two small matrix products."""
+        height, width = images.shape[2:]
+        side, mirror, top, left = self.streams.uniform((4,)).unbind(1)
+        side = 1 - (1 - self.crop) * side
+        room, reach = 1 - side, self.shift * min(height, width)
+        rows = resampling(height, side, -reach + (height * room + 2 * reach) * top)
+        columns = resampling(width, side, -reach + (width * room + 2 * reach) * left, self.flip & (mirror < 0.5))
+        return torch.einsum('nih,nchw,njw->ncij', rows.to(images.dtype), images, columns.to(images.dtype))
+
+
+def resampling(size: int, side: Tensor, start: Tensor, mirror: Tensor | None = None) -> Tensor:
+    """Matrices [n, size, size] that enlarge a stretch of a circular signal to the whole, by linear interpolation.
+
+    Products with them are the same in every run, which the backward passes of torch's own interpolations are not on a
+    GPU.
+
+    Args:
+        size: Samples of the signal.
+        side: Length of the stretch as a share of the signal's [n], in (0, 1].
+        start: Where it starts [n], rounded to whole samples; with a side of 1 the result is exactly a circular shift.
+        mirror: Whether to read the stretch backwards [n], bool.
+    """
+    index = torch.arange(size, device=side.device)
+    read = index if mirror is None else torch.where(mirror[:, None], size - 1 - index, index)
+    seen = (start.round()[:, None] + (read + 0.5) * side[:, None] - 0.5).remainder(size)
+    distance = (seen[:, :, None] - index).abs()
+    return (1 - torch.minimum(distance, size - distance)).clamp(min=0)
