@@ -76,23 +76,22 @@ def test_schedule_anneals_tilt_and_temperature_together(done):
 
 def test_gallery_passes_its_schedule_to_the_kernel():
     seen = []
-    original = hmc.step
+    original = hmc.unadjusted_step
 
-    def spy(state, score, streams, step_size, n_leapfrog, temperature, tilt, persistence, adjust):
-        seen.append((temperature, tilt[0].item(), persistence, adjust))
-        return original(state, score, streams, step_size, n_leapfrog, temperature, tilt, persistence, adjust)
+    def spy(state, score, streams, step_size, temperature, tilt, persistence):
+        seen.append((temperature, tilt[0].item(), persistence))
+        return original(state, score, streams, step_size, temperature, tilt, persistence)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hmc, 'step', spy)
+        patch.setattr(hmc, 'unadjusted_step', spy)
         state, streams, _ = begin(linear, 2)
         trace = chains.sample_gallery(linear, state, streams, 50, temperature=0.01, tilt=7.0)
-    temperatures, tilts, persistence, adjust = zip(*seen, strict=True)
+    temperatures, tilts, persistence = zip(*seen, strict=True)
     assert temperatures[0] > 0.8
     assert temperatures[-1] == pytest.approx(0.01)
     assert tilts[0] < 1
     assert tilts[-1] == trace.tilt[0].item() == 7.0
     assert set(persistence) == {0.9}
-    assert set(adjust) == {False}
 
 
 def test_divergences_are_summed_over_the_kept_draws():
@@ -187,6 +186,36 @@ def test_dead_start_warns_and_moves_on():
         state, spent = chains.start(score, SHAPE, streams, tries=60)
     assert spent > 1
     assert (state.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ('sampler', 'kwargs', 'most'), [(chains.sample_gallery, {'temperature': 0.02}, 1), (chains.sample_exact, {}, 8)]
+)
+def test_restarts_are_paid_out_of_the_budget(sampler, kwargs, most):
+    """All passes together, those of the restarts too, are within `steps` and less than `most` below it."""
+    calls = 0
+
+    def score(z):
+        nonlocal calls
+        calls += 1
+        return torch.relu(z[:, 0, 0, 0].abs() - 1.2)
+
+    streams = hmc.Streams(0, range(8))
+    with pytest.warns(UserWarning, match='dead unit'):
+        state, spent = chains.start(score, SHAPE, streams, tries=60)
+    seen = []
+    trace = sampler(
+        score, state, streams, 100, spent=spent, report=lambda gradients, *_: seen.append(gradients), **kwargs
+    )
+    assert spent > 1
+    assert calls == trace.gradients == seen[-1]
+    assert 100 - most < calls <= 100
+
+
+def test_a_budget_that_restarts_use_up_is_refused():
+    state, streams, _ = begin(linear, 2)
+    with pytest.raises(ValueError, match=r'steps=65 is too small .* the start \(4\).* steps >= 68'):
+        chains.sample_exact(linear, state, streams, 65, spent=4)
 
 
 def test_a_unit_dead_everywhere_is_refused():

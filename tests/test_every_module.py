@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ REFUSED: dict[str, str] = {}
 # but there is nowhere to rise to. Of all others at least one node does.
 ROUGH = {'dpn48b', 'hardcorenas_b'}
 GALLERY_STEPS = 40
-EXACT_STEPS = 65  # the smallest budget that the exact regime takes
+EXACT_STEPS = 70  # the smallest budget that the exact regime takes, and the most restarts of a dead chain
 SMALLER: dict[str, dict[str, Any]] = {  # where even the smallest architecture is needlessly slow
     'beit_base_patch16_224': {'depth': 2},
     'deepseek_vit_412m': {'depth': 2},
@@ -84,21 +85,34 @@ def check_samples(samples: Samples, n: int, size: tuple[int, int], exact: bool) 
     assert not torch.equal(samples.images[0], samples.images[1])
     for key in 'score', 'acceptance', 'tilt', 'step_size', 'energy_error', 'divergences':
         assert len(samples.diagnostics[key]) == n
-        assert torch.tensor(samples.diagnostics[key]).isfinite().all()
+        known = exact or key not in ('acceptance', 'energy_error')
+        assert (torch.tensor(samples.diagnostics[key]).isfinite() == known).all()
     assert sum(samples.diagnostics['divergences']) == 0
-    assert samples.diagnostics['gradients'] == (EXACT_STEPS if exact else GALLERY_STEPS)
+    assert 0 <= (EXACT_STEPS if exact else GALLERY_STEPS) - samples.diagnostics['gradients'] < (8 if exact else 1)
     assert samples.settings['regime'] == ('exact' if exact else 'gallery')
     assert samples.verdict.startswith(samples.settings['regime'])
 
 
-def check_uphill(score: hmc.Score, z: Tensor, spread: Tensor) -> None:
-    """A short step along the gradient raises the score by what the gradient promises."""
-    value, grad = hmc.score_and_grad(score, z)
-    slope = grad.flatten(1).norm(dim=1)
-    promise = 0.01 * spread
+def gain(score: hmc.Score, z: Tensor, step: Tensor) -> Tensor:
     with torch.no_grad():
-        gain = score(z + (promise / slope.square()).view(-1, 1, 1, 1) * grad) - value
-    assert (gain / promise).mean() == pytest.approx(1, abs=0.5)
+        return (score(z + step) - score(z)).double()
+
+
+def check_uphill(model: nn.Module, node: Any, size: tuple[int, int], spread: Tensor) -> None:
+    """A short step along the gradient raises the score by what the gradient promises.
+
+    Where float32 rounds the step or the gain away (a slope so steep that the step is below the images' own resolution),
+    the same gradient has to keep its promise in float64. The promise itself is far above the resolution of the score.
+    """
+    score, z = resolve(model, node, size=size), noise(model, size, 2)
+    value, grad = hmc.score_and_grad(score, z)
+    promise = torch.maximum(0.01 * spread, 100 * torch.finfo(torch.float32).eps * value.abs())
+    step = (promise / grad.flatten(1).square().sum(1)).view(-1, 1, 1, 1) * grad
+    ratio = (gain(score, z, step) / promise).mean()
+    if ratio != pytest.approx(1, abs=0.5):
+        precise = resolve(copy.deepcopy(model).double(), node, size=size)
+        ratio = (gain(precise, z.double(), step.double()) / promise).mean()
+    assert ratio == pytest.approx(1, abs=0.5)
 
 
 def check_gallery(model: nn.Module, nodes: list[Any], size: tuple[int, int]) -> list[float]:
@@ -117,7 +131,7 @@ def check_gallery(model: nn.Module, nodes: list[Any], size: tuple[int, int]) -> 
         with torch.no_grad():
             scores = score(noise(model, size, 8))
         rises.append(((torch.tensor(samples.diagnostics['score']).mean() - scores.mean()) / scores.std()).item())
-        check_uphill(score, noise(model, size, 2), scores.std())
+        check_uphill(model, node, size, scores.std())
         images.append(samples.images)
     assert ((images[0] - images[1]).flatten(1).abs().amax(1) > 0.05).all()
     return rises
@@ -184,6 +198,16 @@ def test_generative_classes_draw_what_the_plain_ones_draw(arch: str) -> None:
     kwargs: dict[str, Any] = {'n': 2, 'size': 64, 'steps': 8, 'progress': False}
     images = [visualize(model, 'goldfish', **kwargs).images for model in (plain, generative)]
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize('wrong', [lambda grad: -grad, lambda grad: 3 * grad, lambda grad: grad.flip(-1)])
+def test_a_wrong_gradient_does_not_keep_its_promise(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, size = build('test_resnet'), (64, 64)
+    right = hmc.score_and_grad
+    check_uphill(model, 1, size, torch.tensor(0.1))
+    monkeypatch.setattr(hmc, 'score_and_grad', lambda *args: (right(*args)[0], wrong(right(*args)[1])))
+    with pytest.raises(AssertionError):
+        check_uphill(model, 1, size, torch.tensor(0.1))
 
 
 @pytest.mark.slow

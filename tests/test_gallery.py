@@ -121,6 +121,7 @@ def test_page_has_every_node_with_picture_scores_verdict_and_settings(tmp_path: 
     assert rows['Scores'] == ', '.join(f'{s:.3g}' for s in scores)
     assert rows['Images'] == '3 of 12 by 12 px'
     assert 'Repeat it' not in rows  # the command line has no `Net`
+    assert not {'Acceptance', 'Energy error', 'ESS of the score', 'Split R-hat'} & set(rows)  # not defined for pictures
     assert rows['Gradients'] == '8 per image'
     assert f'3 images drawn for conv:1, mean score {sum(scores) / 3:.3g}' == parsed.images[0]['alt']
     assert 'src' not in parsed.images[0]
@@ -134,8 +135,7 @@ def test_exact_run_shows_its_diagnostics(tmp_path: Path) -> None:
     page = gallery(Net(), 'conv:0', tmp_path, temperature=1.0, **KWARGS | {'steps': 65})
     rows = dict(json.loads(Page(page.read_text()).blobs[0])['rows'])
     assert rows['Verdict'].startswith('exact sampling')
-    assert {'ESS of the score', 'Split R-hat'} <= set(rows)
-    assert 'would-be' not in rows['Acceptance']
+    assert {'Acceptance', 'Energy error', 'ESS of the score', 'Split R-hat'} <= set(rows)
 
 
 @pytest.mark.parametrize('n', [1, 3, 4])

@@ -95,8 +95,34 @@ def test_without_the_accept_test_exact_draws_are_spoiled():
     n = 50_000
     streams = SharedStream(7, n)
     state = hmc.init(quartic, exact_quartic(n, generator)[:, None], streams)
-    state, _ = hmc.step(state, quartic, streams, torch.full((n,), 0.9), 2, adjust=False)
+    for _ in range(2):
+        state, finite = hmc.unadjusted_step(state, quartic, streams, torch.full((n,), 0.9))
+        assert finite.all()
     assert quartic_p_value(state.z[:, 0]) < 1e-3
+
+
+def test_unadjusted_steps_keep_the_reference_exactly():
+    """Without a score the rotation is exact: N(0, T I) stays what it is, and another temperature is seen."""
+    n, temperature = 50_000, 0.25
+    streams = SharedStream(7, n)
+    zero = lambda z: z.new_zeros(len(z))  # noqa: E731
+    state = hmc.init(zero, 0.5 * streams.normal((1,)), streams, temperature)
+    for _ in range(3):
+        state, _ = hmc.unadjusted_step(state, zero, streams, torch.full((n,), 0.9), temperature, persistence=0.5)
+    assert stats.kstest(state.z[:, 0].numpy(), 'norm', (0, 0.5)).pvalue > 1e-3
+    assert stats.kstest(state.z[:, 0].numpy(), 'norm', (0, 0.52)).pvalue < 1e-3
+
+
+def test_an_unadjusted_step_that_is_not_finite_is_refused():
+    cliff = lambda z: z[:, 0].masked_fill(z[:, 0] > 0, torch.inf)  # noqa: E731
+    streams = hmc.Streams(0, range(50))
+    start = hmc.init(cliff, -1 - streams.normal((1,)).abs(), streams)
+    end, finite = hmc.unadjusted_step(start, cliff, streams, torch.full((50,), 1.5))
+    assert 0 < finite.sum() < 50
+    assert torch.equal(end.z[~finite], start.z[~finite])
+    assert torch.equal(end.score[~finite], start.score[~finite])
+    assert (end.z[finite] != start.z[finite]).all()
+    assert end.p.isfinite().all()
 
 
 @pytest.mark.parametrize(('temperature', 'tilt'), [(1.0, 1.0), (0.25, 1.0), (1.0, 2.0), (0.5, 3.0)])

@@ -16,7 +16,7 @@ def spy_on_steps(monkeypatch):
     original = hmc.step
 
     def step(state, score, streams, step_size, n_leapfrog, *args, **kwargs):
-        seen.append((step_size[0].item(), n_leapfrog, state.z.clone(), kwargs.get('adjust', True)))
+        seen.append((step_size[0].item(), n_leapfrog, state.z.clone()))
         return original(state, score, streams, step_size, n_leapfrog, *args, **kwargs)
 
     monkeypatch.setattr(hmc, 'step', step)
@@ -45,10 +45,9 @@ def test_angle_is_that_of_leapfrog_in_the_papers_units(name):
 def test_lenet(monkeypatch):
     seen = spy_on_steps(monkeypatch)
     samples = timm_gencnn.visualize('gencnn_lenet.gg_dg_mnist', 3, n=2, steps=801, preset='paper-lenet', progress=False)
-    sizes, lengths, _, adjusted = zip(*seen, strict=True)
+    sizes, lengths, _ = zip(*seen, strict=True)
     assert set(sizes) == {PRESETS['paper-lenet'].angle}  # no adaptation, no random factor
     assert lengths == (100,) * 8
-    assert set(adjusted) == {True}
     settings = samples.settings
     assert (settings['regime'], settings['preset'], settings['reference']) == ('exact', 'paper-lenet', 'white')
     assert settings['sigma'] * 0.3081 == pytest.approx(10, rel=1e-3)  # 10 in pixels of [0, 1]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import hmc
 
-Report = Callable[[int, hmc.State, Tensor], None]
-"""Called after each transition with the gradients spent so far, the chains and their mean acceptance [n]."""
+Report = Callable[[int, hmc.State, Tensor | None], None]
+"""Called after each transition with the gradients spent so far, the chains, and their acceptance [n] or None."""
 
 
 class Trace(NamedTuple):
@@ -28,11 +28,11 @@ class Trace(NamedTuple):
     Attributes:
         z: Final latents [n, ...].
         scores: Score of every kept draw [draws, n].
-        acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; in the gallery regime, where
-            nothing is rejected, what it would have been.
+        acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; NaN in the gallery regime, which
+            has no accept test.
         step_size: Step size at the end [n], radians.
         tilt: Factor on the score at the end [n].
-        energy_error: Mean |dH| of the kept transitions [n].
+        energy_error: Mean |dH| of the kept transitions [n]; NaN in the gallery regime.
         divergences: Divergent or non-finite proposals per chain [n].
         gradients: Image gradients per chain.
     """
@@ -53,35 +53,6 @@ class StartError(ValueError):
     def __init__(self, message: str, chains: list[int]):
         super().__init__(message)
         self.chains = chains
-
-
-class _Tally:
-    """Sums the infos of the kept transitions on the device, so that nothing waits for it."""
-
-    def __init__(self, like: Tensor):
-        self.acceptance = torch.zeros(len(like), dtype=torch.float64, device=like.device)
-        self.energy_error = torch.zeros_like(self.acceptance)
-        self.divergences = torch.zeros(len(like), dtype=torch.long, device=like.device)
-        self.scores: list[Tensor] = []
-
-    def add(self, state: hmc.State, info: hmc.Info) -> None:
-        self.acceptance += info.acceptance
-        self.energy_error += info.energy_error.abs()
-        self.divergences += info.diverged
-        self.scores.append(state.score)
-
-    def trace(self, state: hmc.State, step_size: Tensor, tilt: Tensor, gradients: int) -> Trace:
-        kept = len(self.scores)
-        return Trace(
-            state.z,
-            torch.stack(self.scores),
-            self.acceptance / kept,
-            step_size,
-            tilt,
-            self.energy_error / kept,
-            self.divergences,
-            gradients,
-        )
 
 
 def start(
@@ -146,6 +117,7 @@ def sample_exact(
     kick: hmc.Score | None = None,
     report: Report | None = None,
     step_size: float | None = None,
+    spent: int = 1,
 ) -> Trace:
     """Draws from p(z) ∝ exp(f(z) - |z|²/2) by adjusted HMC.
 
@@ -158,28 +130,29 @@ def sample_exact(
         score: f, latents [n, ...] to scores [n].
         state: The chains at their start (see `start`).
         streams: Random streams of the chains.
-        steps: Budget of gradients per chain: one for the start, then whole trajectories.
+        steps: Budget of gradients per chain: those for the start, then whole trajectories.
         n_leapfrog: Gradients per trajectory.
         target: Acceptance that the warm-up adapts to, in (0, 1).
         kick: A cheaper score for the kicks inside a trajectory (see `hmc.leapfrog`).
         report: Progress callback.
         step_size: A step size in radians to keep from the first transition on, without adaptation and without random
             factor; the first half is discarded all the same.
+        spent: Gradients that the start took.
 
     Raises:
         ValueError: The budget holds no warm-up and four draws.
     """
-    iterations = (steps - 1) // n_leapfrog
+    iterations = (steps - spent) // n_leapfrog
     warmup = iterations // 2
     if warmup < 4:
         raise ValueError(
-            f'steps={steps} is too small for exact sampling: a start, 4 warm-up and 4 kept trajectories of '
-            f'{n_leapfrog} gradients need steps >= {1 + 8 * n_leapfrog}'
+            f'steps={steps} is too small for exact sampling: the start ({spent}), 4 warm-up and 4 kept trajectories of '
+            f'{n_leapfrog} gradients need steps >= {spent + 8 * n_leapfrog}'
         )
     longest = math.pi / 2 / n_leapfrog
     adapt = hmc.DualAveraging.start(torch.full_like(state.score, longest / 2, dtype=torch.float64))
     size = adapt.step_size if step_size is None else torch.full_like(adapt.step_size, step_size)
-    tally = _Tally(state.score)
+    kept: list[tuple[Tensor, hmc.Info]] = []
     for i in range(iterations):
         jitter = 0.5 + streams.uniform(dtype=torch.float64) if step_size is None else 1.0
         state, info = hmc.step(state, score, streams, size * jitter, n_leapfrog, kick=kick)
@@ -187,10 +160,20 @@ def sample_exact(
             adapt = adapt.update(info.acceptance, target, longest)
             size = adapt.frozen if i == warmup - 1 else adapt.step_size
         if i >= warmup:
-            tally.add(state, info)
+            kept.append((state.score, info))
         if report:
-            report(1 + (i + 1) * n_leapfrog, state, info.acceptance)
-    return tally.trace(state, size, torch.ones_like(size), 1 + iterations * n_leapfrog)
+            report(spent + (i + 1) * n_leapfrog, state, info.acceptance)
+    scores, infos = zip(*kept, strict=True)
+    return Trace(
+        state.z,
+        torch.stack(scores),
+        torch.stack([info.acceptance for info in infos]).mean(0),
+        size,
+        torch.ones_like(size),
+        torch.stack([info.energy_error.abs() for info in infos]).mean(0),
+        torch.stack([info.diverged for info in infos]).sum(0),
+        spent + iterations * n_leapfrog,
+    )
 
 
 class Schedule(NamedTuple):
@@ -242,6 +225,7 @@ def sample_gallery(
     tilt: float | None = None,
     schedule: Schedule = Schedule(),  # noqa: B008, an immutable tuple
     report: Report | None = None,
+    spent: int = 1,
 ) -> Trace:
     """Runs Hamiltonian dynamics with partial momentum refreshment and no accept step: pictures, not samples at T = 1.
 
@@ -260,6 +244,7 @@ def sample_gallery(
         tilt: Final factor on the score, > 0; None takes each chain's automatic one (see `Schedule.strength`).
         schedule: Shape of the run.
         report: Progress callback.
+        spent: Gradients that the start took; those beyond the first are missing from the beginning of the schedule.
 
     Raises:
         ValueError: The budget is below 8 gradients.
@@ -267,19 +252,22 @@ def sample_gallery(
     if steps < 8:
         raise ValueError(f'steps={steps} is too small for a picture: give at least 8, better 512')
     rms = _rms(state.grad)
-    tally = _Tally(state.score)
-    for i in range(1, steps):
+    scores = []
+    refused = torch.zeros(len(rms), dtype=torch.long, device=rms.device)
+    for i in range(spent, steps):
         done = i / steps
         final = schedule.strength / rms if tilt is None else torch.full_like(rms, tilt)
         now = final * schedule.tilt(done)
         eps = (schedule.move * schedule.pace(done) / (now * rms)).sqrt().clamp(max=0.5)
         heat = schedule.temperature(done, temperature)
-        state, info = hmc.step(state, score, streams, eps, 1, heat, now, schedule.persistence, adjust=False)
+        state, finite = hmc.unadjusted_step(state, score, streams, eps, heat, now, schedule.persistence)
         rms = 0.95 * rms + 0.05 * _rms(state.grad)
-        tally.add(state, info)
+        scores.append(state.score)
+        refused += ~finite
         if report:
-            report(i + 1, state, info.acceptance)
-    return tally.trace(state, eps, final, steps)
+            report(i + 1, state, None)
+    none = torch.full_like(rms, math.nan)
+    return Trace(state.z, torch.stack(scores), none, eps, final, none, refused, steps)
 
 
 def _rms(grad: Tensor) -> Tensor:

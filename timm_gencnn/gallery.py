@@ -424,13 +424,16 @@ def _rows(entry: Entry) -> list[list[str]]:
     rows = [
         ['Verdict', entry.metadata['verdict']],
         ['Scores', ', '.join(map(_number, d['score']))],
-        ['Acceptance', _mean(d['acceptance']) + ('' if exact else ' (would-be: nothing is rejected)')],
         ['Divergences', str(sum(d['divergences']))],
         ['Step size', _mean(d['step_size'])],
-        ['Energy error', _mean(d['energy_error'])],
     ]
     if exact:
-        rows += [['ESS of the score', _number(d['ess'])], ['Split R-hat', _number(d['r_hat'], 4)]]
+        rows += [
+            ['Acceptance', _mean(d['acceptance'])],
+            ['Energy error', _mean(d['energy_error'])],
+            ['ESS of the score', _number(d['ess'])],
+            ['Split R-hat', _number(d['r_hat'], 4)],
+        ]
     rows += [[label.capitalize(), value] for label, value in _settings(entry.metadata).items()]
     rows += [['Note', note] for note in entry.metadata['settings']['notes']]
     rows += [['Seconds', _number(d['seconds'])]]

@@ -48,7 +48,7 @@ class Info(NamedTuple):
     """What a transition did.
 
     Attributes:
-        acceptance: Metropolis acceptance probability [n] in [0, 1], also computed where the accept test is skipped.
+        acceptance: Metropolis acceptance probability [n] in [0, 1].
         accepted: Whether the proposal was taken [n], bool.
         diverged: Whether the proposal was not finite or its energy error exceeded `DIVERGENCE` [n], bool.
         energy_error: H(proposal) - H(start) [n], float64.
@@ -172,14 +172,12 @@ def step(
     temperature: float = 1.0,
     tilt: float | Tensor = 1.0,
     persistence: float = 0.0,
-    adjust: bool = True,
     kick: Score | None = None,
 ) -> tuple[State, Info]:
     """One transition: refresh the momentum, integrate, accept or reject.
 
-    With `adjust` the transition leaves p(z) exactly invariant; the momentum is flipped on rejection, so this also holds
-    for persistent momenta (generalised HMC, Horowitz 1991). Without it the proposal is always taken unless it is not
-    finite: underdamped Langevin dynamics with the discretisation error left in.
+    Leaves p(z) exactly invariant; the momentum is flipped on rejection, so this also holds for persistent momenta
+    (generalised HMC, Horowitz 1991).
 
     Args:
         state: The chains.
@@ -190,7 +188,6 @@ def step(
         temperature: T > 0.
         tilt: Factor on the score, one for all chains or one each [n].
         persistence: Share of the momentum kept, in [0, 1).
-        adjust: Whether to apply the Metropolis test.
         kick: A cheaper score for the kicks inside the trajectory (see `leapfrog`).
 
     Returns:
@@ -201,12 +198,31 @@ def step(
     error = hamiltonian(end, temperature, tilt) - hamiltonian(start, temperature, tilt)
     finite = error.isfinite()
     acceptance = torch.where(finite, torch.exp(-error.clamp(min=0)), 0.0)
-    if adjust:
-        diverged = ~(finite & (error < DIVERGENCE))
-        accepted = (streams.uniform(dtype=torch.float64) < acceptance) & ~diverged
-    else:
-        diverged, accepted = ~finite, finite
+    diverged = ~(finite & (error < DIVERGENCE))
+    accepted = (streams.uniform(dtype=torch.float64) < acceptance) & ~diverged
     return _choose(accepted, end, start._replace(p=-start.p)), Info(acceptance, accepted, diverged, error)
+
+
+def unadjusted_step(
+    state: State,
+    score: Score,
+    streams: Streams,
+    step_size: Tensor,
+    temperature: float = 1.0,
+    tilt: float | Tensor = 1.0,
+    persistence: float = 0.0,
+) -> tuple[State, Tensor]:
+    """One step of underdamped Langevin dynamics: that of `step` with one gradient and no accept test.
+
+    The discretisation error is left in. A step that is not finite is refused, and the momentum flipped.
+
+    Returns:
+        The new state and whether the step was finite [n], bool.
+    """
+    start = refresh(state, streams, temperature, persistence)
+    end = leapfrog(start, score, step_size, 1, tilt)
+    finite = end.score.isfinite() & torch.linalg.vector_norm(end.p.flatten(1), dim=1, dtype=torch.float64).isfinite()
+    return _choose(finite, end, start._replace(p=-start.p)), finite
 
 
 def _choose(accepted: Tensor, end: State, start: State) -> State:

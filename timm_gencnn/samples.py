@@ -56,7 +56,8 @@ class Samples:
         settings: What determines the pixels: model, nodes, n, steps, reference, temperature, tilt, size, seed, regime
             and versions.
         diagnostics: `score`, `acceptance`, `tilt`, `step_size`, `energy_error` and `divergences` per image; `r_hat` and
-            `ess` (bulk, of the score) of the worst node, `gradients` per chain and `seconds`.
+            `ess` (bulk, of the score) of the worst node, `gradients` per chain and `seconds`. NaN is what the gallery
+            regime does not have: acceptance, energy error, R-hat and ESS.
         trace: Score of every kept draw [draws, N].
         frames: Images of the run at regular intervals [F, N, 3, H, W], if they were asked for.
     """
@@ -80,11 +81,10 @@ class Samples:
         """One line: regime, acceptance, ESS, gradients, seconds."""
         d = self.diagnostics
         mean = lambda v: sum(v) / len(v)  # noqa: E731
-        acceptance = f'acceptance {mean(d["acceptance"]):.2f}'
         if self.settings['regime'] == 'exact':
-            chains = f'{acceptance}, ESS {d["ess"]:.0f}, R-hat {d["r_hat"]:.2f}'
+            chains = f'acceptance {mean(d["acceptance"]):.2f}, ESS {d["ess"]:.0f}, R-hat {d["r_hat"]:.2f}'
         else:
-            chains = f'no accept step (would-be {acceptance}), ESS not defined while annealing'
+            chains = 'no acceptance (nothing is rejected), ESS not defined while annealing'
         return (
             f'{len(self)} images of {len(self.nodes)} node(s): score {mean(d["score"]):.1f}, {chains}, '
             f'{sum(d["divergences"])} divergences, {d["gradients"]} gradients a chain, {d["seconds"]:.1f} s'

@@ -419,15 +419,12 @@ class _Run:
         film: list[Tensor] = []
         last = [time.monotonic(), 0]
 
-        def report(gradients: int, state: hmc.State, acceptance: Tensor) -> None:
+        def report(gradients: int, state: hmc.State, acceptance: Tensor | None) -> None:
             if len(film) < self.frames - 1 and gradients * self.frames >= (len(film) + 1) * self.steps:
                 film.append(to_rgb(self.reference.pixels(state.z)))
             if time.monotonic() - last[0] > 0.5:  # reading the score waits for the device: not at every step
-                bar.set_postfix(
-                    score=f'{state.score.mean().item():.2f}',
-                    acceptance=f'{acceptance.mean().item():.2f}',
-                    refresh=False,
-                )
+                shown = {'score': state.score} | ({} if acceptance is None else {'acceptance': acceptance})
+                bar.set_postfix(**{k: f'{v.mean().item():.2f}' for k, v in shown.items()}, refresh=False)
                 bar.update(gradients - last[1])
                 last[:] = [time.monotonic(), gradients]
 
@@ -437,35 +434,27 @@ class _Run:
         except chains.StartError as e:
             names = dict.fromkeys(repr(node_score.names[i // len(some)]) for i in e.chains)
             raise ValueError(f'{", ".join(names)}: {e}') from None
+        budget: dict[str, Any] = {'steps': self.steps, 'spent': spent, 'report': report}
         if self.views is None:
             kick = self.rough(score) if self.dtype else None
             if self.paper:
-                n_leapfrog, angle = self.paper.n_leapfrog, self.paper.angle
-                trace = chains.sample_exact(
-                    score, state, streams, self.steps, n_leapfrog, kick=kick, report=report, step_size=angle
-                )
-            else:
-                trace = chains.sample_exact(score, state, streams, self.steps, kick=kick, report=report)
+                budget |= {'n_leapfrog': self.paper.n_leapfrog, 'step_size': self.paper.angle}
+            trace = chains.sample_exact(score, state, streams, kick=kick, **budget)
         else:
             viewer = Viewer([self.views[k] for k in group for _ in some], self.seed, ids, self.device)
 
             def seen(z: Tensor) -> Tensor:
                 return node_score(viewer(self.reference(z)))
 
+            target = self.rough(seen) if self.dtype else seen
             trace = chains.sample_gallery(
-                self.rough(seen) if self.dtype else seen,
-                state,
-                streams,
-                self.steps,
-                self.temperature,
-                self.tilt,
-                report=report,
+                target, state, streams, temperature=self.temperature, tilt=self.tilt, **budget
             )
         bar.update(self.steps - last[1])
         final, _ = hmc.score_and_grad(score, trace.z)  # the one pass that has been compiled is that with a gradient
         pixels = to_rgb(self.reference.pixels(trace.z))
         film.append(pixels)
-        return trace._replace(gradients=trace.gradients + spent - 1), final, pixels, film
+        return trace, final, pixels, film
 
     def rough(self, score: hmc.Score) -> hmc.Score:
         """The same score under autocast."""

@@ -12,7 +12,7 @@ All work on one class of the same network with the same number of chains and of 
 passes are counted when images enter the network, gradients when they come back there, both for the whole batch. The
 price is time over gradients, so that a tool pays for its further forward passes; then its ratio to the raw loop of the
 same repetition, on the network as it is: median and quartiles. Times on the CPU are CPU seconds of one thread. The
-reference (FFT and sigmoid, forward and backward) is part of our price.
+reference (FFT and sigmoid, forward and backward) and the gallery's random views are part of our price.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from timm_gencnn import chains, hmc
 from timm_gencnn.nodes import resolve
 from timm_gencnn.reference import natural_for
+from timm_gencnn.views import Viewer, views_of
 from timm_gencnn.visualize import GALLERY_TEMPERATURE, channels_last
 
 NODE, LEAPFROG, STEP = 207, 8, 1e-3
@@ -95,16 +96,12 @@ def raw_channels_last(s: Setting) -> None:
         raw(s)
 
 
-def _ours(s: Setting, sample: Callable[..., object], compiled: bool = False) -> None:
+def _ours(s: Setting, sample: Callable[..., object], view: Callable[[Tensor], Tensor], compiled: bool) -> None:
     score, streams = _score(s), hmc.Streams(0, range(s.chains), s.device)
     q = natural_for(s.model.pretrained_cfg, 3, (s.size, s.size), s.device)
-
-    def f(z: Tensor) -> Tensor:
-        return score(q(z))
-
     with channels_last(s.model), score.compiled() if compiled else nullcontext():
-        state, _ = chains.start(f, q.shape, streams)
-        sample(f, state, streams)
+        state, _ = chains.start(lambda z: score(q(z)), q.shape, streams)
+        sample(lambda z: score(view(q(z))), state, streams)
 
 
 def _score(s: Setting):
@@ -115,11 +112,13 @@ def _score(s: Setting):
 
 
 def exact(s: Setting, compiled: bool = False) -> None:
-    _ours(s, lambda f, state, streams: chains.sample_exact(f, state, streams, s.gradients, LEAPFROG), compiled)
+    sample = lambda *run: chains.sample_exact(*run, s.gradients, LEAPFROG)  # noqa: E731
+    _ours(s, sample, lambda images: images, compiled)
 
 
 def gallery(s: Setting, compiled: bool = False) -> None:
-    _ours(s, lambda *run: chains.sample_gallery(*run, s.gradients, GALLERY_TEMPERATURE), compiled)
+    sample = lambda *run: chains.sample_gallery(*run, s.gradients, GALLERY_TEMPERATURE)  # noqa: E731
+    _ours(s, sample, Viewer([views_of('class', 3)] * s.chains, 0, range(s.chains), s.device), compiled)
 
 
 def pyro(s: Setting) -> None:
