@@ -154,3 +154,27 @@ def test_compiles_without_graph_breaks(name):
     images = torch.randn(1, model.in_chans, 64, 64)
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     assert torch.equal(compiled(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ('name', 'width', 'parameters'), [('resnet10_w16', 16, 308_826), ('resnet10_w32', 32, 1_228_970)]
+)
+@pytest.mark.parametrize('stride', [1, 2])
+def test_small_resnets(name, width, parameters, stride):
+    model = timm.create_model(name, stem_stride=stride).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    images = torch.randn(2, 3, 32 * stride, 32 * stride)
+    sides = [32, 16, 8, 4]
+    maps = model.forward_intermediates(images, intermediates_only=True)[-4:]
+    assert [m.shape[1:] for m in maps] == [(width * 2**i, s, s) for i, s in enumerate(sides)]
+    net = timm.create_model(name, stem_stride=stride, features_only=True)
+    assert [f.shape[-1] for f in net(images)] == sides
+    assert net.feature_info.reduction() == [32 * stride // s for s in sides]
+    cfg = model.pretrained_cfg
+    assert model.get_submodule(cfg['first_conv']) is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert model.get_submodule(cfg['classifier']) is model.get_classifier()
+
+
+def test_small_resnets_refuse_other_strides():
+    with pytest.raises(ValueError, match='stem_stride is 4: give 1'):
+        timm.create_model('resnet10_w16', stem_stride=4)

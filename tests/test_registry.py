@@ -43,7 +43,7 @@ SMALLEST = [
     'swinv2_cr_tiny_224', 'tiny_vit_5m_224', 'tnt_s_legacy_patch16_224', 'tresnet_m', 'twins_svt_small', 'vgg11',
     'visformer_tiny', 'test_vit', 'vit_tiny_r_s16_p8_224', 'test_vit_relpos', 'samvit_base_patch16_224',
     'vitamin_small_224', 'volo_d1_224', 'ese_vovnet19b_slim_dw', 'legacy_xception', 'xception41p',
-    'xcit_nano_12_p8_224', 'lenet', 'alexnet', 'zfnet',
+    'xcit_nano_12_p8_224', 'lenet', 'alexnet', 'zfnet', 'resnet10_w16',
 ]
 
 # of those, the ones small enough to run with real weights each time: convolutions, attention, hybrids, NHWC, two heads
@@ -401,6 +401,13 @@ def test_zoo_tag_is_the_default_only_where_there_is_no_other(own_zoo):
     assert timm.models.get_pretrained_cfg('gencnn_test_resnet').tag == CFG.tag
 
 
+def test_zoo_tag_marked_as_the_default_is_it_whatever_the_order(own_zoo):
+    for tag, default in (('a', False), ('marked', True), ('z', False)):
+        registry._register_tag(zoo.save(timm.create_model('lenet'), tag, zoo.FOLDER, default=default).stem)
+    assert timm.models.get_pretrained_cfg('lenet').tag == 'marked'
+    assert {f'lenet.{tag}' for tag in ('a', 'gg_x', 'marked', 'z')} <= set(timm.list_pretrained())
+
+
 def test_zoo_record(own_zoo):
     record = zoo.read('test_resnet.gg_x')
     assert record['architecture'] == 'test_resnet'
@@ -456,6 +463,8 @@ def test_architectures_registered_later(own_registry):
 
 
 def test_shipped_checkpoints_are_whole():
+    defaults = [zoo.read(name)['architecture'] for name in zoo.names() if zoo.read(name).get('default')]
+    assert sorted(defaults) == sorted({zoo.read(name)['architecture'] for name in zoo.names()})  # one each
     for name in zoo.names():
         zoo.verify(name)
         record = zoo.read(name)

@@ -229,7 +229,6 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, 
         (['-b', '64'], '48 training images do not fill one batch of 64'),
         (['--model', 'lennet'], "cannot create model 'lennet'"),
         (['--resume', 'gone.pth.tar'], "no checkpoint 'gone.pth.tar'"),
-        (['--cache-images'], 'add --no-aug'),
         (['--amp'], 'add --amp-dtype bfloat16'),
         (['--sched', 'inv', '--decay-epochs', '0'], 'decay-epochs 0'),
         (['--hybrid', '1.5'], 'hybrid 1.5 is outside [0, 1)'),
@@ -365,10 +364,11 @@ def test_wandb_and_tensorboard_when_installed(images, tmp_path, monkeypatch, cap
     assert '--log-wandb needs the package wandb' in failure(capsys, argv)
 
 
-def test_cached_images_give_the_same_run(images, tmp_path):
+@pytest.mark.parametrize('augment', [['--no-aug'], ['--scale', '0.3', '1', '--hflip', '0.5']])
+def test_cached_images_give_the_same_run(augment, images, tmp_path):
     states = []
     for more in ([], ['--cache-images']):
-        assert cli.main(flags(images, tmp_path, '--no-aug', *more)) == 0
+        assert cli.main(flags(images, tmp_path, '--epochs', '2', *augment, *more)) == 0
         states.append(weights(tmp_path / 'run/last.pth.tar'))
     assert same(*states)
 
@@ -383,7 +383,7 @@ def run_rank(rank: int, argv: list[str], port: int) -> None:
 
 def test_two_ranks(images, tmp_path, unused_port):
     argv = flags(images, tmp_path, '-b', '4', '--sync-bn', *FULL)
-    mp.start_processes(run_rank, args=(argv, unused_port), nprocs=2, start_method='fork', join=True)
+    mp.start_processes(run_rank, args=(argv, unused_port), nprocs=2, start_method='spawn')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [row['train_phase'] for row in rows] == ['GG', 'GG', 'DG', 'DG']  # written once, by the first rank
     assert float(rows[-1]['eval_loss']) < 0.9  # log 3 = 1.1 is chance

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_gencnn import cli
 from timm_gencnn.generative import as_generative
-from timm_gencnn.validate import auroc, expected_calibration_error, scores, validate
+from timm_gencnn.validate import auroc, expected_calibration_error, noisy, scores, validate
 
 
 def test_auroc_is_sklearns_with_ties():
@@ -45,6 +45,17 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x.flatten(1))
+
+
+def test_noise_is_that_of_the_pixels_and_the_same_each_time():
+    std = (0.25, 0.5)
+    batches = [(torch.zeros(500, 2, 8, 8), torch.arange(500))] * 2
+    first, second = (torch.cat([x for x, _ in noisy(batches, 0.1, std)]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first[:500], first[500:])
+    measured = first.transpose(0, 1).flatten(1).std(1) * torch.tensor(std)
+    torch.testing.assert_close(measured, torch.full((2,), 0.1), rtol=0.02, atol=0)
+    assert all(a is b for (a, _), (b, _) in zip(batches, noisy(batches, 0, std), strict=True))
 
 
 def test_scores_in_closed_form():
@@ -99,6 +110,8 @@ def test_command(folder, capsys):
     assert results['images'] == 6
     assert {'top1', 'nll', 'ece', 'auroc_logit', 'auroc_log_ratio', 'auroc_gradient_norm'} <= set(results)
     assert f'{"top1":20s} {results["top1"]:.4f}' in capsys.readouterr().out
+    assert cli.main([*argv, '--noise', '0.3']) == 0
+    assert json.loads((folder / 'results.json').read_text())['nll'] != results['nll']
 
 
 @pytest.mark.parametrize(

@@ -120,11 +120,11 @@ def _register_tag(name: str) -> None:
     cfgs = sys.modules[entrypoint.__module__].default_cfgs[arch]
     fields['file'] = str(zoo.FOLDER / f'{name}.safetensors')
     cfgs.cfgs[tag] = PretrainedCfg(**fields)
-    if cfgs.is_pretrained:
+    if record.get('default') or not cfgs.is_pretrained:
+        cfgs.tags.appendleft(tag)  # the first tag is what timm takes when none is named
+    else:
         cfgs.tags.append(tag)
-    else:  # the first tag is timm's default
-        cfgs.tags.appendleft(tag)
-        cfgs.is_pretrained = True
+    cfgs.is_pretrained = True
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # registering again is how timm reads a changed cfg; it warns of it
         register_model(entrypoint)

@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--input-img-mode', metavar='MODE', help="image mode; default 'L' for one channel, else 'RGB'")
     add('--input-key', metavar='KEY', help='column of the images')
     add('--target-key', metavar='KEY', help='column of the labels')
-    add('--cache-images', **switch, help='keep decoded images in memory; only without augmentation (--no-aug)')
+    add('--cache-images', **switch, help='keep decoded images in memory (with --workers 0)')
 
     add = parser.add_argument_group('model').add_argument
     add('--model', default='resnet50', metavar='NAME')
@@ -262,8 +262,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f'batch size {args.batch_size} and accumulation {args.grad_accum_steps} must be at least 1')
     if args.resume == 'auto' and not args.experiment:
         raise ValueError("--resume auto needs --experiment, the name of the run's folder")
-    if args.cache_images and not args.no_aug:
-        raise ValueError('--cache-images would repeat the first augmentation of each image: add --no-aug')
     if args.amp and args.device == 'cpu' and args.amp_dtype == 'float16':
         raise ValueError('float16 needs loss scaling, which the CPU lacks: add --amp-dtype bfloat16')
     for name in ('log_wandb', 'log_tensorboard'):

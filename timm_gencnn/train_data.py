@@ -1,7 +1,7 @@
 """Data sets and loaders of `gencnn train` and `gencnn validate`: timm's own, and an in-memory cache."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,23 +10,29 @@ from torch.utils.data import Dataset
 
 
 class CachedImages(Dataset):
-    """A data set that keeps each image after it was first decoded and transformed.
+    """A data set that keeps each image in memory after it was first decoded.
 
-    For transforms that draw no random numbers and images that fit in memory. Every worker process has a cache of its
-    own, which dies with it: use it with workers=0.
+    What is kept is the transformed image if the transform draws no random numbers, and the decoded one if it does.
+    Every worker process has a cache of its own, which dies with it: use it with workers=0.
+
+    Args:
+        dataset: One of timm's, with a transform.
+        random: Whether the transform draws random numbers.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, random: bool) -> None:
         self.dataset = dataset
+        self.random = random
+        self._transform: Callable[[Any], Any] = lambda image: image
         self._items: dict[int, tuple[Any, Any]] = {}
 
     @property
-    def transform(self) -> Any:
-        return self.dataset.transform
+    def transform(self) -> Callable[[Any], Any]:
+        return self._transform
 
     @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
+    def transform(self, transform: Callable[[Any], Any]) -> None:
+        self._transform = transform
         self._items.clear()
 
     def __len__(self) -> int:
@@ -34,11 +40,18 @@ class CachedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if index not in self._items:
-            self._items[index] = self.dataset[index]
-        return self._items[index]
+            image, target = self.dataset[index]
+            self._items[index] = (image if self.random else self.transform(image)), target
+        image, target = self._items[index]
+        return (self.transform(image) if self.random else image), target
 
 
-def open_dataset(name: str, root: str | None, split: str, in_chans: int, cache: bool = False, **kwargs: Any) -> Any:
+def cached(dataset: Any, random: bool) -> Any:
+    """CachedImages as what timm's loaders are annotated to take."""
+    return CachedImages(dataset, random)
+
+
+def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwargs: Any) -> Any:
     """timm's create_dataset, with an error that says what was asked for when it is not there.
 
     Args:
@@ -46,7 +59,6 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, cache: 
         root: As timm's --data-dir.
         split: Name of the split.
         in_chans: Channels of the model; one channel reads images as 'L', others as 'RGB'.
-        cache: Keep decoded images in memory.
         kwargs: Further arguments of create_dataset.
 
     Raises:
@@ -54,12 +66,11 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, cache: 
     """
     kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
     try:
-        dataset = create_dataset(name, root=root, split=split, **kwargs)
+        return create_dataset(name, root=root, split=split, **kwargs)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         where = f'data set {name!r}' if name else 'image folder'
         where += f' in {root!r}' if root else ''
         raise ValueError(f'cannot open {where}, split {split!r}: {error}') from error
-    return CachedImages(dataset) if cache else dataset
 
 
 def check_classes(dataset: Any, num_classes: int) -> None:
@@ -109,7 +120,6 @@ def train_loader(args: argparse.Namespace, config: dict[str, Any], device: torch
         args.data_dir,
         args.train_split,
         config['input_size'][0],
-        cache=args.cache_images,
         is_training=True,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -131,7 +141,6 @@ def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: t
         args.unlabeled_data_dir,
         args.unlabeled_split,
         config['input_size'][0],
-        cache=args.cache_images,
         input_img_mode=args.input_img_mode,
     )
     return _train_loader(dataset, args.unlabeled_batch_size or args.batch_size, args, config, device)
@@ -143,7 +152,7 @@ def _train_loader(
     if not args.no_prefetcher and device.type == 'mps':
         raise ValueError('timm prefetches to CPU, CUDA and NPU devices only: add --no-prefetcher')
     loader = create_loader(
-        dataset,
+        cached(dataset, random=not args.no_aug) if args.cache_images else dataset,
         config['input_size'],
         batch_size,
         is_training=True,
@@ -182,13 +191,12 @@ def eval_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.
         args.data_dir,
         args.val_split,
         config['input_size'][0],
-        cache=args.cache_images,
         batch_size=args.batch_size,
         num_samples=args.val_num_samples,
         **_dataset_arguments(args),
     )
     return create_loader(
-        dataset,
+        cached(dataset, random=False) if args.cache_images else dataset,
         config['input_size'],
         args.validation_batch_size or args.batch_size,
         interpolation=config['interpolation'],

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .generative import as_generative
 from .train_args import LoadConfig
 from .train_data import check_classes, check_targets, open_dataset
 
-__all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'scores', 'validate']
+__all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
 
 SCORES = ('logit', 'log_ratio', 'gradient_norm')
 
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--channels-last', **switch)
     add('--amp', **switch)
     add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
+    add('--noise', type=float, default=0.0, metavar='S', help='add Gaussian noise of this s.d. to the pixels in [0, 1]')
     add('--ood-dataset', metavar='NAME', help='a second data set, whose images should score lower: gives AUROC')
     add('--ood-data-dir', metavar='DIR')
     add('--ood-split', default='validation', metavar='NAME')
@@ -90,7 +91,8 @@ def main(args: argparse.Namespace) -> None:
     data = loader(args.dataset, args.data_dir, args.split)
     check_classes(data.dataset, model.num_classes)
     autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
-    results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint, **validate(model, data, autocast)}
+    results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint}
+    results |= validate(model, noisy(data, args.noise, config['std']), autocast)
     if args.ood_dataset is not None or args.ood_data_dir is not None:
         outside = loader(args.ood_dataset or '', args.ood_data_dir, args.ood_split)
         inside_scores, outside_scores = (scores(model, tqdm(d, desc='scores', leave=False)) for d in (data, outside))
@@ -157,6 +159,26 @@ def validate(model: nn.Module, loader: Any, autocast: Any = None) -> dict[str, A
         'ece': 100 * ece,
         'images': images_seen,
     }
+
+
+def noisy(loader: Any, sigma: float, std: Sequence[float], seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a loader with Gaussian noise on the images, the same at every call.
+
+    Args:
+        loader: Batches of normalised images [n, C, H, W] and targets.
+        sigma: Standard deviation of the noise, for pixels in [0, 1]; 0 leaves the images alone.
+        std: What the pixels of each channel were divided by.
+        seed: Seed of the noise.
+
+    Yields:
+        Images and targets. Pixels are not clipped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for images, target in loader:
+        if sigma > 0:
+            scale = sigma / torch.tensor(std).view(-1, 1, 1)
+            images = images + (scale * torch.randn(images.shape, generator=generator)).to(images)
+        yield images, target
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:

@@ -1,5 +1,6 @@
-"""The paper's networks, which timm lacks, as plain timm models: lenet, alexnet, zfnet."""
+"""Plain timm models that timm lacks: the paper's lenet, alexnet and zfnet, and ResNets for small images."""
 
 from .alexnet import AlexNet as AlexNet
 from .lenet import LeNet as LeNet
+from .resnet_small import SmallImageResNet as SmallImageResNet
 from .zfnet import ZFNet as ZFNet

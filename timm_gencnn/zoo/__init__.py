@@ -1,10 +1,10 @@
 """Checkpoints small enough to ship, each with its results: `<arch>.<tag>.safetensors` and `<arch>.<tag>.json`.
 
-Every pair in this folder is a pretrained tag: of the plain `<arch>` and of `gencnn_<arch>`. The first tag in
-alphabetical order is what `pretrained=True` means for an architecture that has no other weights. The JSON file holds
+Every pair in this folder is a pretrained tag: of the plain `<arch>` and of `gencnn_<arch>`. The JSON file holds
 
     architecture    the plain architecture, e.g. 'lenet'
     tag             e.g. 'gg_dg_mnist'
+    default         whether `pretrained=True` without a tag means this one
     model_args      arguments of the entrypoint, beside those that `pretrained_cfg` implies
     pretrained_cfg  fields of timm's PretrainedCfg: input_size, mean, std, num_classes, label_names, ...
     log_z           log Z_y of each class, or null; not known to the plain architecture
@@ -70,6 +70,7 @@ def save(
     tag: str,
     folder: str | os.PathLike[str],
     *,
+    default: bool = False,
     results: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
     data_config: dict[str, Any] | None = None,
@@ -81,6 +82,7 @@ def save(
         model: A model made by `timm.create_model`, generative or plain.
         tag: Name of this training, e.g. 'gg_dg_mnist'.
         folder: Where to write; made if it does not exist.
+        default: Whether this is the one that `pretrained=True` without a tag means.
         results: What was measured, e.g. {'test_error': 0.76}.
         recipe: How it was made: command, seed, versions.
         data_config: Preprocessing it was trained with, as of `timm.data.resolve_data_config`; None for that of its cfg.
@@ -107,6 +109,7 @@ def save(
         record = {
             'architecture': architecture,
             'tag': tag,
+            'default': default,
             'model_args': {k: v for k, v in model_args.items() if k != 'log_z'},
             'pretrained_cfg': cfg | ({'label_names': label_names} if label_names else {}),
             'log_z': model_args.get('log_z'),

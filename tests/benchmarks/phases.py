@@ -1,0 +1,171 @@
+"""Does generative pre-training help? One network trained DG, GG, GG+DG and hybrid, over several seeds.
+
+    python tests/benchmarks/phases.py mnist --seeds 5 [--data FOLDER]     # the paper's Table 1; 4 minutes a run
+    python tests/benchmarks/phases.py cifar10 --seeds 3 [--data FOLDER]
+    python tests/benchmarks/phases.py in100 --seeds 3 --data FOLDER
+    python tests/benchmarks/phases.py mnist-1% --seeds 3 [--data FOLDER]  # few labels; also mnist-10%
+    python tests/benchmarks/phases.py mnist --print
+
+A run is one `gencnn train`; the weights of its last epoch are then measured on the test images: error, NLL, calibration
+error, error under Gaussian noise, AUROC of the largest logit against two other data sets (2000 images each). All goes
+into tests/benchmarks/results: runs that are there are not repeated, one that was cut short goes on where it stopped.
+`--data` is a folder that holds the data sets as mnist, cifar10, tiny_imagenet_100; without it they come from the Hub.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_loader, resolve_data_config
+from timm.models import load_checkpoint
+
+from timm_gencnn import cli
+from timm_gencnn.train_data import open_dataset
+from timm_gencnn.validate import auroc, noisy, scores, validate
+
+RESULTS = Path(__file__).parent / 'results'
+HUB = {'mnist': 'ylecun/mnist', 'cifar10': 'uoft-cs/cifar10'}
+SPLIT = {'mnist': 'test', 'cifar10': 'test', 'tiny_imagenet_100': 'validation'}
+COLUMNS = ('error', 'nll', 'ece', 'noise_error', 'auroc_1', 'auroc_2')
+
+
+def phases(pool: str = '') -> dict[str, str]:
+    """Rows of a table: their names, and the flags of `gencnn train`."""
+    if pool:
+        return {'DG': '--phase DG', 'GG+DG': '--phase GG+DG'} | {
+            f'{phase}, pool': f'--phase {phase} --unlabeled-dataset {{dataset}} {pool}' for phase in ('GG', 'GG+DG')
+        }
+    return {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')} | {'hybrid': '--phase GG --hybrid 0.5'}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set, the flags of its runs, two data sets that are not it, the noise, and the rows of the table."""
+
+    data: str
+    flags: str
+    others: tuple[str, str]
+    noise: float
+    rows: dict[str, str] = field(default_factory=phases)
+
+
+RESNET = '-c resnet_cifar10 --model resnet10_w16 --epochs 4 --gen-epochs 2'
+IN100 = '--num-classes 100 --img-size 64 --model-kwargs stem_stride=2'
+FEW = '--val-split= --train-split train[{first}%:{last}%]'
+MNIST = Experiment('mnist', '-c lenet_mnist', ('cifar10', 'tiny_imagenet_100'), 0.3)
+CIFAR = Experiment('cifar10', RESNET, ('tiny_imagenet_100', 'mnist'), 0.05)
+EXPERIMENTS = {
+    'mnist': MNIST,
+    'cifar10': CIFAR,
+    'in100': Experiment('tiny_imagenet_100', f'{RESNET} {IN100} --val-split validation', ('cifar10', 'mnist'), 0.05),
+}
+for share, epochs in ((1, 250), (10, 75)):  # shares of the labels; a seed has its own images
+    few = f'{FEW} --epochs {epochs} --gen-epochs {epochs * 16 // 25}'
+    EXPERIMENTS[f'mnist-{share}%'] = Experiment('mnist', f'-c lenet_mnist {few}', MNIST.others, 0.3, phases('-b 64'))
+
+
+def image_column(dataset: str) -> str:
+    return 'img' if dataset.endswith('uoft-cs/cifar10') else 'image'
+
+
+def train(flags: str, dataset: str, output: Path, name: str) -> None:
+    """One run of `gencnn train`, from where it stands."""
+    where = ['--dataset', dataset, '--input-key', image_column(dataset), '--output', str(output), '--experiment', name]
+    if cli.main(['train', *flags.split(), *where, '--resume', 'auto']):
+        raise SystemExit(f'{name} failed')
+
+
+def measure(run: Path, experiment: Experiment, where: Any) -> dict[str, float]:
+    """Figures of the last epoch's weights: shares in per cent, NLL in nats."""
+    path = run / 'last.pth.tar'
+    args = torch.load(path, weights_only=False)['args']
+    model = timm.create_model(f'gencnn_{args.model}', num_classes=args.num_classes, **args.model_kwargs).eval()
+    load_checkpoint(model, str(path))
+    config = resolve_data_config(vars(args), model=model)
+
+    def loader(name: str, images: str = '') -> Any:
+        split, key = SPLIT[name] + images, image_column(where(name))
+        return create_loader(
+            open_dataset(where(name), None, split, config['input_size'][0], input_key=key),
+            config['input_size'],
+            500,
+            **{k: config[k] for k in ('interpolation', 'mean', 'std', 'crop_pct')},
+            num_workers=0,
+            device=torch.device('cpu'),
+            persistent_workers=False,
+        )
+
+    test = list(loader(experiment.data))
+    clean, noise = (validate(model, noisy(test, s, config['std'])) for s in (0.0, experiment.noise))
+    result = {
+        'error': 100 - clean['top1'],
+        'nll': clean['nll'],
+        'ece': clean['ece'],
+        'noise_error': 100 - noise['top1'],
+    }
+    inside = scores(model, test[:4])['logit']
+    for i, other in enumerate(experiment.others, 1):
+        result[f'auroc_{i}'] = 100 * auroc(inside, scores(model, loader(other, '[:2000]'))['logit'])
+    return {k: round(v, 4) for k, v in result.items()}
+
+
+def table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
+    """Markdown: mean and standard deviation over the seeds."""
+    first, second = experiment.others
+    lines = [
+        f'| | seeds | error % | NLL | ECE % | error %, noise {experiment.noise:g} | AUROC, {first} | AUROC, {second} |'
+    ]
+    lines.append('|---' * 8 + '|')
+    for row in experiment.rows:
+        runs = [v for k, v in results.items() if k.rsplit('_', 1)[0] == row]
+        cells = [mean_and_spread([run[column] for run in runs]) for column in COLUMNS]
+        lines.append(f'| {row} | {len(runs)} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    return ' ± '.join(f'{f(values):.2f}' for f in (statistics.mean, statistics.stdev)[: len(values)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('experiment', choices=EXPERIMENTS)
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--rows', nargs='+', help='only these rows of the table')
+    parser.add_argument('--data', help='folder with the data sets')
+    parser.add_argument('--output', default='output/phases')
+    parser.add_argument('--print', action='store_true', help='only print what is there')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    experiment = EXPERIMENTS[args.experiment]
+
+    def where(name: str) -> str:
+        return f'hfds/{Path(args.data, name)}' if args.data else f'hfds/{HUB[name]}'
+
+    file = RESULTS / f'{args.experiment}.json'
+    results: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+    wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows or experiment.rows]
+    for row, seed in wanted if not args.print else ():
+        name, output = f'{row}_{seed}', Path(args.output, args.experiment)
+        if name in results:
+            continue
+        share = int(args.experiment.partition('-')[2].rstrip('%') or 0)
+        values = {'dataset': where(experiment.data), 'first': share * seed, 'last': share * (seed + 1)}
+        flags = f'{experiment.flags} {experiment.rows[row]} --seed {seed}'
+        train(flags.format(**values), where(experiment.data), output, name)
+        results[name] = measure(output / name, experiment, where)
+        RESULTS.mkdir(exist_ok=True)
+        new = file.with_suffix('.new')
+        new.write_text(json.dumps(results, indent=1, sort_keys=True) + '\n')
+        os.replace(new, file)
+    print(table(experiment, results))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+"""A ResNet of ten layers for small images: a 3x3 convolution, then four stages of one basic block each, no pooling.
+
+At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with `stem_stride=2` 64x64 pixels cost the same.
+
+Papers:
+* `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+
+__all__ = ['SmallImageResNet']
+
+
+class SmallImageResNet(ByobNet):
+    """timm's ByobNet with a stem of stride 1 or 2; all of timm's own halve the image at least.
+
+    Args:
+        cfg: What ByobNet is to build, with a stem of one convolution.
+        stem_stride: Stride of that convolution, 1 or 2.
+        kwargs: Further arguments of ByobNet.
+
+    Raises:
+        ValueError: The stride is neither 1 nor 2.
+    """
+
+    def __init__(self, cfg: ByoModelCfg, *args: Any, stem_stride: int = 1, **kwargs: Any) -> None:
+        if stem_stride not in (1, 2):
+            raise ValueError(f'stem_stride is {stem_stride!r}: give 1 (images of 32 pixels) or 2 (of 64)')
+        super().__init__(cfg, *args, **kwargs)
+        stem: Any = self.stem
+        stem.conv.stride = (stem_stride, stem_stride)
+        for info in self.feature_info:
+            info['reduction'] = info['reduction'] * stem_stride // 2
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        'input_size': (3, 32, 32),
+        'num_classes': 10,
+        'pool_size': (4, 4),
+        'crop_pct': 1.0,
+        'interpolation': 'bilinear',
+        'mean': (0.4914, 0.4822, 0.4465),  # of CIFAR-10's training images
+        'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'stem.conv',
+        'classifier': 'head.fc',
+    }
+
+
+default_cfgs = generate_default_cfgs({'resnet10_w16': _cfg(), 'resnet10_w32': _cfg()})
+
+
+def _resnet10(variant: str, pretrained: bool, width: int, **kwargs: Any) -> SmallImageResNet:
+    stages = tuple(ByoBlockCfg(type='basic', d=1, c=width * 2**i, s=min(i + 1, 2), gs=0) for i in range(4))
+    return build_model_with_cfg(
+        SmallImageResNet,
+        variant,
+        pretrained,
+        model_cfg=ByoModelCfg(blocks=stages, stem_chs=width, stem_type='3x3', stem_pool=''),
+        feature_cfg={'flatten_sequential': True, 'out_indices': (0, 1, 2, 3)},
+        **kwargs,
+    )
+
+
+@register_model
+def resnet10_w16(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """Ten layers, 16 to 128 channels, for images of 32 pixels: 0.3 million parameters."""
+    return _resnet10('resnet10_w16', pretrained, 16, **kwargs)
+
+
+@register_model
+def resnet10_w32(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """Ten layers, 32 to 256 channels, for images of 32 pixels: 1.2 million parameters."""
+    return _resnet10('resnet10_w32', pretrained, 32, **kwargs)
