@@ -217,6 +217,20 @@ def test_unlabeled_images_enter_the_softmax_only():
     torch.testing.assert_close(make(phase='DG')(x, target, unlabeled=extra), make(phase='DG')(x, target))
 
 
+def test_images_may_come_as_a_dict():
+    """Of patches, as from timm's NaFlex loader."""
+
+    class OfDict(Linear):
+        def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+            return super().forward(x['patches'])
+
+    x, target = batch()
+    task = GenerativeTask(OfDict(), phase='GG', verbose=False)
+    result = task({'patches': x, 'coordinates': x[:, 0]}, target)
+    assert len(result['output']) == N
+    torch.testing.assert_close(result['loss'], GenerativeLoss()(result['output'], target))
+
+
 def test_bridge_gives_the_images_to_learn_and_more_of_the_pool():
     x, target = batch()
     task = make(bridge=lambda images: torch.cat([images + 1, -images, 2 * images]))
@@ -340,6 +354,15 @@ def rank_batches(world: int, case: str) -> list[tuple[torch.Tensor, torch.Tensor
     return list(zip(x.split(sizes), target.split(sizes), strict=True))
 
 
+def accumulate(task: GenerativeTask, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple:
+    """The mean gradient of two micro-batches, synchronised once."""
+    first, second = batches
+    with task.no_sync():
+        (task(*first)['loss'] / 2).backward()
+    (task(*second)['loss'] / 2).backward()
+    return unwrap_model(task.trainable_module).fc.weight.grad, task.log_z, task.class_counts
+
+
 def run_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
@@ -355,9 +378,16 @@ def run_rank(rank: int, world: int, folder: str) -> None:
             mean = loss.detach().clone()
             dist.all_reduce(mean)
             results[case, mode] = (model.fc.weight.grad, mean / world, task.log_z, task.class_counts)
+    task = make(phase='GG').prepare_distributed()
+    accumulated = accumulate(task, [rank_batches(world, case)[rank] for case in ('uneven', 'missing')])
     if rank == world - 1:
+        torch.save(accumulated, f'{folder}/accumulated.pt')
         torch.save(results, f'{folder}/results.pt')
     dist.destroy_process_group()
+
+
+def whole_batch(world: int, case: str) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat(t) for t in zip(*rank_batches(world, case), strict=True))
 
 
 @pytest.mark.parametrize('world', [1, 2, 4])
@@ -366,7 +396,7 @@ def test_ranks_give_the_gradient_of_one_big_batch(tmp_path, world):
     for (case, mode), got in torch.load(tmp_path / 'results.pt').items():
         task = make(phase='GG', running_log_z=mode == 'running')
         parts = rank_batches(world, case)
-        x, target = (torch.cat(t) for t in zip(*parts, strict=True))
+        x, target = whole_batch(world, case)
         loss = task(x, target)['loss']
         loss.backward()
         expected = (task.trainable_module.fc.weight.grad, loss.detach(), task.log_z, task.class_counts)
@@ -377,3 +407,6 @@ def test_ranks_give_the_gradient_of_one_big_batch(tmp_path, world):
             losses = [alone(*part)['loss'] for part in parts if len(part[0]) > 1]
             torch.stack(losses).mean().backward()
             assert (alone.trainable_module.fc.weight.grad - got[0]).abs().max() > 1e-2
+    expected = accumulate(make(phase='GG'), [whole_batch(world, case) for case in ('uneven', 'missing')])
+    for a, b in zip(torch.load(tmp_path / 'accumulated.pt'), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -12,14 +12,18 @@ import time
 import types
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import timm
 import timm.utils.summary
 import torch
 import torch.multiprocessing as mp
 import yaml
 from PIL import Image
 from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import natural_key
 
 from timm_gencnn import checkpoints, cli, train, train_args
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
@@ -323,6 +327,22 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def test_parquet_files_give_the_same_run_as_folders(images, tmp_path, monkeypatch):
+    """`hfds/FOLDER`, one of timm's ways to name a data set."""
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(CLASSES)})
+    for split in ('train', 'validation'):
+        paths = sorted((images / split).glob('*/*.png'), key=lambda p: (p.parent.name, natural_key(p.name)))
+        labels = [int(path.parent.name[-1]) for path in paths]
+        columns = {'image': [str(path) for path in paths], 'label': labels}
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f'data/{split}-00000-of-00001.parquet')
+    states = []
+    for more in ([], ['--dataset', f'hfds/{tmp_path}/data']):
+        assert cli.main(flags(images, tmp_path, '--epochs', '2', *more)) == 0
+        states.append(weights(tmp_path / 'run/last.pth.tar'))
+    assert same(*states)
+
+
 def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
     unlabeled = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation', '--unlabeled-batch-size', '5']
     losses = []
@@ -444,6 +464,21 @@ def test_an_unknown_flag_names_the_nearest(capsys):
     assert 'run it with --script' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('recipe', ['alexnet_imagenet', 'zfnet_imagenet'])
+def test_imagenet_recipes_train(images, tmp_path, recipe):
+    """Table 2's settings but for the size of the data, of the batch and of the images."""
+    argv = ['train', '-c', recipe, '--data-dir', str(images), '--num-classes', '3', '--img-size', '47', '-b', '24']
+    argv += ['--epochs', '3', '--gen-epochs', '2', '-j', '0', '--device', 'cpu', '--val-interval', '3']
+    assert cli.main([*argv, '--output', str(tmp_path), '--experiment', 'run']) == 0
+    (row,) = csv.DictReader((tmp_path / 'run/summary.csv').open())
+    assert row['train_phase'] == 'DG'
+    assert float(row['lr']) == 0.01
+    assert math.isfinite(float(row['train_loss']) + float(row['eval_loss']))
+    checkpoint = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False, mmap=True)
+    assert checkpoint['task_state']['switch_step'] == 4
+    assert {group['weight_decay'] for group in checkpoint['optimizer']['param_groups']} == {0.0, 5e-4}
+
+
 # Schedules
 
 
@@ -465,3 +500,15 @@ def test_schedule_restarts_at_the_discriminative_rate():
     assert optimizer.param_groups[0]['lr'] == pytest.approx(0.04)  # no warm-up
     schedule.step(8)
     assert optimizer.param_groups[0]['lr'] == pytest.approx(0.02)  # half way through the other 4 epochs
+
+
+def test_the_restart_keeps_the_layer_decay():
+    model = timm.create_model('test_resnet', num_classes=CLASSES)
+    args = parse(['train', '--lr', '0.1', '--epochs', '10', '--layer-decay', '0.5', '--disc-lr', '0.04'])
+    args.warmup_epochs = 0
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+    schedule = PhaseSchedule(optimizer, args, updates_per_epoch=5)
+    before = [group['lr'] for group in optimizer.param_groups]
+    assert max(before) > 4 * min(before)
+    schedule.restart(6, 30)
+    assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([0.4 * lr for lr in before])

@@ -7,7 +7,7 @@ loop   an epoch of `gencnn train` against a bare loop of timm's ClassificationTa
 ranks  the softmax over the images of all ranks: O(C) reductions against gathering all logits (gloo)
 
 Times on the CPU are CPU seconds of one thread, so that other work on the machine does not count; medians of interleaved
-repetitions, with the quartiles of the ratio.
+repetitions, with the quartiles of the ratio, beside those of the discriminative side against itself (A/A): its noise.
 """
 
 import argparse
@@ -43,19 +43,27 @@ def seconds(f: Callable[[], object], device: torch.device) -> float:
     return time.process_time() - start
 
 
-def compare(name: str, ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> None:
-    """Interleave the two, in turns first, and print medians and the ratio ours / theirs."""
-    ours(), theirs()
-    pairs = []
+def compare(name: str, ours: Callable, theirs: Callable, control: Callable, repeats: int, device: torch.device) -> None:
+    """Run ours, theirs and a second instance of theirs in turns; print medians, and ratios with their quartiles.
+
+    The ratio control / theirs (A/A) says how much of the ratio ours / theirs is noise.
+    """
+    sides = (ours, theirs, control)
+    for side in sides:
+        side()
+    rounds = []
     for i in range(repeats):
-        if i % 2:
-            a, b = seconds(ours, device), seconds(theirs, device)
-        else:
-            b, a = seconds(theirs, device), seconds(ours, device)
-        pairs.append((a, b))
-    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-    low, middle, high = statistics.quantiles([x / y for x, y in pairs], n=4)
-    print(f'{name:46s} {a:8.4f} s  {b:8.4f} s  ratio {middle:.3f} [{low:.3f}, {high:.3f}]', flush=True)
+        taken = [0.0] * 3
+        for j in range(3):
+            k = (i + j) % 3
+            taken[k] = seconds(sides[k], device)
+        rounds.append(taken)
+    a, b, _ = (statistics.median(side) for side in zip(*rounds, strict=True))
+    print(f'{name:46s} {a:8.4f} s  {b:8.4f} s', end='')
+    for label, k in (('ratio', 0), ('A/A', 2)):
+        low, middle, high = statistics.quantiles([taken[k] / taken[1] for taken in rounds], n=4)
+        print(f'  {label} {middle:.3f} [{low:.3f}, {high:.3f}]', end='')
+    print(flush=True)
 
 
 def make_step(phase: str, device: torch.device, batch: int = 256) -> Callable[[], None]:
@@ -106,7 +114,8 @@ def _resident(phase: str, queue) -> None:
 
 
 def bench_step(device: torch.device) -> None:
-    compare('step, generative / discriminative', make_step('GG', device), make_step('DG', device), 11, device)
+    ours, theirs, control = (make_step(phase, device) for phase in ('GG', 'DG', 'DG'))
+    compare('step, generative / discriminative', ours, theirs, control, 15, device)
     a, b = peak_memory('GG', device), peak_memory('DG', device)
     print(f'{"peak memory, generative / discriminative":46s} {a:8.1f} MiB {b:6.1f} MiB ratio {a / b:.3f}', flush=True)
 
@@ -121,7 +130,7 @@ def bench_loop(device: torch.device) -> None:
         for phase in ('DG', 'GG'):
             ours = _our_epoch(folder, phase, device)
             name = f'epoch of 2048 images, gencnn train {phase} / timm DG'
-            compare(name, ours, _bare_epoch(folder, device), 9, device)
+            compare(name, ours, _bare_epoch(folder, device), _bare_epoch(folder, device), 15, device)
 
 
 def _our_epoch(folder: str, phase: str, device: torch.device) -> Callable[[], object]:
