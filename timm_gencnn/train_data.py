@@ -73,6 +73,34 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
         raise ValueError(f'cannot open {where}, split {split!r}: {error}') from error
 
 
+def plain_loader(
+    dataset: Any,
+    config: dict[str, Any],
+    batch_size: int = 500,
+    workers: int = 0,
+    device: torch.device = torch.device('cpu'),  # noqa: B008
+) -> Any:
+    """timm's loader of the images in their order, without augmentation.
+
+    Args:
+        dataset: One of timm's.
+        config: Preprocessing, as of `timm.data.resolve_data_config`.
+        batch_size: Images per batch.
+        workers: Processes that decode.
+        device: Where the batches go.
+    """
+    return create_loader(
+        dataset,
+        config['input_size'],
+        batch_size,
+        **{key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct')},
+        num_workers=workers,
+        device=device,
+        use_prefetcher=device.type in ('cpu', 'cuda'),
+        persistent_workers=False,
+    )
+
+
 def check_classes(dataset: Any, num_classes: int) -> None:
     """Refuse a data set that knows of more classes than the model has.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.data import create_loader, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import create_model
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .generative import as_generative
 from .train_args import LoadConfig
-from .train_data import check_classes, check_targets, open_dataset
+from .train_data import check_classes, check_targets, open_dataset, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
 
@@ -73,18 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
     def loader(name: str, root: str | None, split: str) -> Any:
         dataset = open_dataset(name, root, split, config['input_size'][0], class_map=args.class_map or None)
-        return create_loader(
-            dataset,
-            config['input_size'],
-            args.batch_size,
-            interpolation=config['interpolation'],
-            mean=config['mean'],
-            std=config['std'],
-            crop_pct=config['crop_pct'],
-            num_workers=args.workers,
-            device=device,
-            use_prefetcher=device.type in ('cpu', 'cuda'),
-        )
+        return plain_loader(dataset, config, args.batch_size, args.workers, device)
 
     if args.log_z_split:
         as_generative(model).estimate_log_z(loader(args.dataset, args.data_dir, args.log_z_split))

@@ -1,6 +1,6 @@
 """Turn a checkpoint of `gencnn train` into one that ships in the wheel.
 
-    python tests/benchmarks/make_zoo.py output/train/RUN/last.pth.tar gg_dg_mnist --dataset ylecun/mnist
+    python tests/benchmarks/make_zoo.py output/train/RUN/last.pth.tar gg_dg_mnist --dataset ylecun/mnist [--default]
 
 Loads the weights and the settings of the run, estimates log Z over the training set in one exact pass (and, after a
 purely generative run, folds it into the bias in place of the running estimate), measures the test error before and
@@ -10,17 +10,19 @@ after rounding to float16, and writes the float16 weights if that costs less tha
 import argparse
 import csv
 import platform
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import create_loader, resolve_data_config
+from timm.data import resolve_data_config
 
 import timm_gencnn
 from timm_gencnn import zoo
 from timm_gencnn.generative import as_generative
-from timm_gencnn.train_data import open_dataset
+from timm_gencnn.train_args import add_arguments
+from timm_gencnn.train_data import open_dataset, plain_loader
 
 
 @torch.inference_mode()
@@ -30,6 +32,22 @@ def test_error(model: torch.nn.Module, loader) -> tuple[float, float]:
     return 100 * (logits.argmax(1) != target).double().mean().item(), F.cross_entropy(logits, target).item()
 
 
+def command(run: argparse.Namespace, dataset: str) -> str:
+    """The command line of a run: its recipe, and what differed from it."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    recipe = vars(parser.parse_args(['-c', run.config]))
+    flags = {k: v for k, v in vars(run).items() if k in SETTINGS and v != recipe[k]}
+    if timm.models.get_pretrained_cfg(run.model).num_classes == run.num_classes:
+        flags.pop('num_classes', None)
+    flags |= {'phase': run.phase, 'seed': run.seed}
+    words = [f'gencnn train -c {run.config} --dataset hfds/{dataset}']
+    words += ['--' + k.replace('_', '-') + ('' if v is True else f' {v}') for k, v in flags.items()]
+    if run.model_kwargs:
+        words.append('--model-kwargs ' + ' '.join(f'{k}={v}' for k, v in run.model_kwargs.items()))
+    return ' '.join(words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint')
@@ -37,21 +55,26 @@ def main() -> None:
     parser.add_argument('--folder', default=zoo.FOLDER)
     parser.add_argument('--dataset', required=True, help="Hub id of the data set, for the card: 'ylecun/mnist'")
     parser.add_argument('--seconds', type=float, help='how long the training took')
+    parser.add_argument('--hardware', default='one CPU core', help='what it was trained on')
+    parser.add_argument('--default', action='store_true', help='what `pretrained=True` without a tag means')
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     checkpoint = torch.load(args.checkpoint, weights_only=False)
     run = checkpoint['args']
-    model = timm.create_model(f'gencnn_{run.model.removeprefix("gencnn_")}', num_classes=run.num_classes).eval()
+    build = partial(
+        timm.create_model,
+        f'gencnn_{run.model.removeprefix("gencnn_")}',
+        num_classes=run.num_classes,
+        **run.model_kwargs,
+    )
+    model = build().eval()
     model.load_state_dict(checkpoint['state_dict'])
     config = resolve_data_config(vars(run), model=model)
 
     def loader(split: str):
-        dataset = open_dataset(run.dataset, run.data_dir, split, config['input_size'][0])
-        return create_loader(
-            dataset, config['input_size'], 500, mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-            interpolation=config['interpolation'], num_workers=0, device=torch.device('cpu'), persistent_workers=False,
-        )  # fmt: skip
+        dataset = open_dataset(run.dataset, run.data_dir, split, config['input_size'][0], input_key=run.input_key)
+        return plain_loader(dataset, config)
 
     train = loader(run.train_split)
     estimate = model.estimate_log_z(train, progress=False)
@@ -59,7 +82,7 @@ def main() -> None:
         model.fold_intercepts(priors=sum(torch.bincount(y, minlength=model.num_classes) for _, y in train))
     test = loader(run.val_split)
     error, nll = test_error(model, test)
-    half = timm.create_model(f'gencnn_{run.model.removeprefix("gencnn_")}', num_classes=run.num_classes).eval()
+    half = build().eval()
     half.load_state_dict({k: v.half() for k, v in model.state_dict().items()})
     half_error, half_nll = test_error(half, test)
     print(f'test error: float32 {error:.2f} % ({nll:.4f} nats), float16 {half_error:.2f} % ({half_nll:.4f} nats)')
@@ -69,18 +92,19 @@ def main() -> None:
         log_z = model.log_z
         model.half().set_log_z(log_z)  # log Z itself stays in float32
 
-    command = f'gencnn train -c {run.config} --dataset hfds/{args.dataset} --phase {run.phase} --seed {run.seed}'
     last = list(csv.DictReader((Path(args.checkpoint).parent / 'summary.csv').open()))[-1]
     path = zoo.save(
         as_generative(model),
         args.tag,
         args.folder,
+        default=args.default,
         results={
             **{'dataset': args.dataset, 'split': run.val_split},
             **{'test_error': round(error, 2), 'test_nll': round(nll, 4), 'train_loss': float(last['train_loss'])},
         },
         recipe={
-            'command': command,
+            'command': command(run, args.dataset),
+            'hardware': args.hardware,
             'seed': run.seed,
             'phase': run.phase,
             'settings': {k: v for k, v in vars(run).items() if k in SETTINGS},
@@ -94,14 +118,15 @@ def main() -> None:
             },
         },
         data_config=config,
-        label_names=[str(i) for i in range(model.num_classes)],
+        label_names=test.dataset.reader.dataset.features['label'].names,
     )
     print(f'{path} ({path.stat().st_size / 1e6:.2f} MB)')
 
 
 SETTINGS = (
-    'batch_size', 'epochs', 'gen_epochs', 'opt', 'lr', 'disc_lr', 'momentum', 'weight_decay', 'sched', 'decay_epochs',
-    'decay_rate', 'amp', 'amp_dtype', 'no_aug', 'smoothing', 'hybrid', 'pool_reference',
+    'model', 'num_classes', 'img_size', 'batch_size', 'epochs', 'gen_epochs', 'opt', 'lr', 'disc_lr', 'momentum',
+    'weight_decay', 'sched', 'decay_epochs', 'decay_rate', 'amp', 'amp_dtype', 'no_aug', 'scale', 'smoothing', 'hybrid',
+    'pool_reference',
 )  # fmt: skip
 
 if __name__ == '__main__':

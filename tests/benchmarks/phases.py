@@ -22,11 +22,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_loader, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 
 from timm_gencnn import cli
-from timm_gencnn.train_data import open_dataset
+from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import auroc, noisy, scores, validate
 
 RESULTS = Path(__file__).parent / 'results'
@@ -91,15 +91,7 @@ def measure(run: Path, experiment: Experiment, where: Any) -> dict[str, float]:
 
     def loader(name: str, images: str = '') -> Any:
         split, key = SPLIT[name] + images, image_column(where(name))
-        return create_loader(
-            open_dataset(where(name), None, split, config['input_size'][0], input_key=key),
-            config['input_size'],
-            500,
-            **{k: config[k] for k in ('interpolation', 'mean', 'std', 'crop_pct')},
-            num_workers=0,
-            device=torch.device('cpu'),
-            persistent_workers=False,
-        )
+        return plain_loader(open_dataset(where(name), None, split, config['input_size'][0], input_key=key), config)
 
     test = list(loader(experiment.data))
     clean, noise = (validate(model, noisy(test, s, config['std'])) for s in (0.0, experiment.noise))

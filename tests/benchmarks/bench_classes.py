@@ -1,0 +1,104 @@
+"""Are the pictures of a checkpoint's classes recognisable and varied? Judges that share no weights with it say.
+
+    gencnn train -c resnet_mnist --dataset hfds/FOLDER/mnist --seed 7 --experiment judge_resnet
+    gencnn train -c lenet_mnist --dataset hfds/FOLDER/mnist --phase DG --seed 1 --experiment judge_lenet
+    python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.gg_dg_mnist gencnn_lenet.dg_mnist \
+        --judges output/train/judge_resnet/last.pth.tar output/train/judge_lenet/last.pth.tar
+
+For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score as a
+multiple of the median test image's of the class, the share of saturated pixels, and for each judge the share of
+pictures that it names as the asked class, and the variety: the mean distance of the judge's features between pictures
+of a class, relative to that between test images of the class.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor
+from torchvision.transforms.functional import resize
+
+import timm_gencnn
+from timm_gencnn import zoo
+from timm_gencnn.train_data import open_dataset, plain_loader
+
+
+def real_images(folder: str, split: str, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The first 2000 test images [2000, C, H, W] in [0, 1] at the checkpoint's size, and their classes."""
+    channels = config['input_size'][0]
+    dataset = open_dataset(f'hfds/{folder}', None, f'{split}[:2000]', channels)
+    return next(iter(plain_loader(dataset, config | {'mean': (0.0,) * channels, 'std': (1.0,) * channels}, 2000)))
+
+
+def load_judge(path: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A classifier that `gencnn train` made, and its preprocessing."""
+    checkpoint = torch.load(path, weights_only=False)
+    args = checkpoint['args']
+    inputs = {'in_chans': args.input_size[0]} if args.input_size else {}
+    model = timm.create_model(args.model, num_classes=args.num_classes, **inputs, **args.model_kwargs).eval()
+    model.load_state_dict(checkpoint['state_dict'])
+    return model, resolve_data_config(vars(args), model=model)
+
+
+def prepare(images: Tensor, config: dict[str, Any]) -> Tensor:
+    """Images [n, C, H, W] in [0, 1] as a network takes them."""
+    channels, *size = config['input_size']
+    images = resize(images[:, :channels], size, antialias=True)
+    return (images - torch.tensor(config['mean']).view(-1, 1, 1)) / torch.tensor(config['std']).view(-1, 1, 1)
+
+
+def spread(features: Tensor) -> float:
+    return torch.pdist(features.flatten(1)).mean().item()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', nargs='+', default=['gencnn_lenet.gg_dg_mnist'])
+    parser.add_argument('--judges', nargs='+', required=True, metavar='CHECKPOINT')
+    parser.add_argument('--data', required=True, help='folder with the data sets')
+    parser.add_argument('--classes', type=int, help='only the first N classes')
+    parser.add_argument('--n', type=int, default=10)
+    parser.add_argument('--steps', type=int, default=500)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', help='folder for the pictures')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print('| | score, x real | saturated | judge (its test error) | named as asked | variety |')
+    print('|---' * 6 + '|')
+    for name in args.model:
+        results = zoo.read(name.removeprefix('gencnn_'))['results']
+        model = timm.create_model(name, pretrained=True).eval()
+        config = resolve_data_config({}, model=model)
+        folder = str(Path(args.data, results['dataset'].split('/')[-1]))
+        real, labels = real_images(folder, results['split'], config)
+        classes = range(args.classes or model.num_classes)
+        asked = torch.tensor(classes).repeat_interleave(args.n)
+        samples = timm_gencnn.visualize(model, classes, n=args.n, steps=args.steps, seed=args.seed, progress=False)
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            samples.save(str(Path(args.out, f'{name}.png')))
+        own = model(prepare(real, config)).gather(1, labels[:, None])[:, 0]
+        usual = torch.stack([own[labels == c].median() for c in classes])[asked]
+        ratio = (torch.tensor(samples.diagnostics['score']) / usual).median()
+        saturated = ((samples.images < 0.02) | (samples.images > 0.98)).float().mean()
+        saturated_real = ((real < 0.02) | (real > 0.98)).float().mean()
+        for path in args.judges:
+            judge, judge_config = load_judge(path)
+            x, x_real = prepare(samples.images, judge_config), prepare(real, judge_config)
+            right, error = judge(x).argmax(1) == asked, judge(x_real).argmax(1) != labels
+            f, f_real = (judge.forward_head(judge.forward_features(v), pre_logits=True) for v in (x, x_real))
+            variety = sum(spread(f[asked == c]) / spread(f_real[labels == c]) for c in classes) / len(classes)
+            print(
+                f'| `{name}` | {ratio:.2f} | {saturated:.1%} (real {saturated_real:.1%}) '
+                f'| {Path(path).parent.name} ({error.float().mean():.1%}) '
+                f'| {right.float().mean():.0%} | {variety:.2f} |',
+                flush=True,
+            )
+
+
+if __name__ == '__main__':
+    main()

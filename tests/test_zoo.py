@@ -1,0 +1,41 @@
+"""The shipped checkpoints have the test errors that their records state."""
+
+from pathlib import Path
+
+import pytest
+import timm
+from timm.data import resolve_data_config
+
+import timm_gencnn  # noqa: F401  (registers the checkpoints)
+from timm_gencnn import zoo
+from timm_gencnn.train_data import open_dataset, plain_loader
+from timm_gencnn.validate import noisy, validate
+
+DATA = Path(__file__).parents[2] / 'shared/data'
+
+
+@pytest.fixture
+def test_images():
+    def load(name: str, model) -> list:
+        results = zoo.read(name)['results']
+        folder = DATA / results['dataset'].split('/')[-1]
+        if not folder.exists():
+            pytest.skip(f'the data set {results["dataset"]} is not at {folder}')
+        config = resolve_data_config({}, model=model)
+        dataset = open_dataset(f'hfds/{folder}', None, results['split'], config['input_size'][0])
+        return list(plain_loader(dataset, config))
+
+    return load
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', zoo.names())
+def test_error_is_the_stated_one(name, test_images):
+    model = timm.create_model(f'gencnn_{name}', pretrained=True).eval()
+    images, stated = test_images(name, model), zoo.read(name)['results']
+    measured = validate(model, images)
+    # rounding differs between machines: half of one image in a thousand, of ten thousand images or fewer
+    assert 100 - measured['top1'] == pytest.approx(stated['test_error'], abs=0.05)
+    assert measured['nll'] == pytest.approx(stated['test_nll'], rel=0.01)
+    disturbed = validate(model, noisy(images, 0.2, model.pretrained_cfg['std']))  # a check of the check
+    assert abs(100 - disturbed['top1'] - stated['test_error']) > 0.05
