@@ -384,6 +384,27 @@ def test_wandb_and_tensorboard_when_installed(images, tmp_path, monkeypatch, cap
     assert '--log-wandb needs the package wandb' in failure(capsys, argv)
 
 
+def test_the_progress_bar_counts_batches_and_shows_the_loss(images, tmp_path, monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, total: int, desc: str, **kwargs) -> None:
+            shown.append((desc, total))
+
+        def set_postfix(self, loss: str, **kwargs) -> None:
+            assert math.isfinite(float(loss))
+
+        def update(self, n: int) -> None:
+            shown.append(n)
+
+        def close(self) -> None:
+            shown.append('closed')
+
+    monkeypatch.setattr(train, 'tqdm', Bar)
+    assert cli.main(flags(images, tmp_path, '--epochs', '1', '--log-interval', '4')) == 0
+    assert shown == [('epoch 0', 6), 4, 2, 'closed']  # full at the end
+
+
 @pytest.mark.parametrize('augment', [['--no-aug'], ['--scale', '0.3', '1', '--hflip', '0.5']])
 def test_cached_images_give_the_same_run(augment, images, tmp_path):
     states = []

@@ -313,9 +313,9 @@ class Trainer:
                 update += 1
                 task.update_ema(step=update)
                 self.schedule.step_update(update)
-            if (i + 1) % args.log_interval == 0:
+            if (i + 1) % args.log_interval == 0 or i + 1 == batches:
                 bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
-                bar.update(args.log_interval)
+                bar.update(i % args.log_interval + 1)
             if self.saver is not None and args.recovery_interval and (i + 1) % args.recovery_interval == 0:
                 checkpoints.save_recovery(self.saver, epoch, i)
         bar.close()
