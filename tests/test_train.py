@@ -525,11 +525,22 @@ def test_schedule_restarts_at_the_discriminative_rate():
 
 def test_the_restart_keeps_the_layer_decay():
     model = timm.create_model('test_resnet', num_classes=CLASSES)
-    args = parse(['train', '--lr', '0.1', '--epochs', '10', '--layer-decay', '0.5', '--disc-lr', '0.04'])
-    args.warmup_epochs = 0
+    args = parse(['train', '--lr', '0.1', '--layer-decay', '0.5', '--disc-lr', '0.04', '--warmup-epochs', '0'])
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
     schedule = PhaseSchedule(optimizer, args, updates_per_epoch=5)
-    before = [group['lr'] for group in optimizer.param_groups]
+    before = rates(optimizer)
     assert max(before) > 4 * min(before)
     schedule.restart(6, 30)
-    assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([0.4 * lr for lr in before])
+    assert rates(optimizer) == pytest.approx([0.4 * lr for lr in before])
+
+
+def test_the_discriminative_rate_without_a_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = PhaseSchedule(optimizer, parse(['train', '--sched', 'none', '--disc-lr', '0.04']), updates_per_epoch=5)
+    schedule.restart(6, 30)
+    schedule.step(7)
+    assert rates(optimizer) == [0.04]
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group['lr'] for group in optimizer.param_groups]

@@ -66,6 +66,7 @@ class PhaseSchedule:
             return
         for group in self.optimizer.param_groups:
             group['initial_lr'] = self.args.disc_lr
+            group['lr'] = self.args.disc_lr  # stays with --sched none; a schedule sets its own
         rest = {'num_epochs': max(1, self.epochs - epoch), 'warmup_epochs': 0, 'cooldown_epochs': 0}
         self.scheduler, _ = self._create({**scheduler_kwargs(self.args), **rest})
         self.first_epoch, self.first_update = epoch, update

@@ -148,10 +148,12 @@ class _Session:
     def create_scheduler(self, optimizer: Any, *positional: Any, **kwargs: Any) -> Any:
         """timm's schedule; from the switch on, its rates are multiplied by disc_lr / lr."""
         if self.task is None:
-            raise ValueError('the script creates a schedule before its ClassificationTask, unlike the train.py of timm')
+            raise ValueError('the script creates a schedule before a timm.task.ClassificationTask, unlike timm itself')
         scheduler, epochs = _create_scheduler(optimizer, *positional, **kwargs)
         if self.args.disc_lr is None:
             return scheduler, epochs
+        if scheduler is None:
+            raise ValueError('--disc-lr needs a schedule whose rates it scales, and the script has none')
         factor = self.args.disc_lr / max(scheduler.base_values)
 
         def scale() -> None:
