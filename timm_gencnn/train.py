@@ -102,7 +102,8 @@ class Trainer:
         if args.start_epoch is not None:
             self.epoch = args.start_epoch
         if args.distributed:
-            self.task.prepare_distributed(device_ids=[device], broadcast_buffers=not args.no_ddp_bb)
+            buffers = {'broadcast_buffers': False} if args.no_ddp_bb else {}
+            self.task.prepare_distributed(device_ids=[device], **buffers)
         self.schedule = self._create_schedule()
         self.task.on_switch = self._switched
         self.saver = self._create_saver(path) if self.primary else None
