@@ -148,12 +148,12 @@ def leapfrog(
     strength = (step_size * tilt).to(state.z.dtype).view(shape)
     cos, sin = (fn(step_size).to(state.z.dtype).view(shape) for fn in (torch.cos, torch.sin))
     z, f, grad = state.z, state.score, state.grad
-    p = state.p + 0.5 * strength * grad
+    p = torch.addcmul(state.p, strength, grad, value=0.5)
     for i in range(n_leapfrog):
-        z, p = cos * z + sin * p, cos * p - sin * z
+        z, p = torch.addcmul(cos * z, sin, p), torch.addcmul(cos * p, sin, z, value=-1)
         last = i == n_leapfrog - 1
         f, grad = score_and_grad(score if last else kick or score, z)
-        p = p + (0.5 * strength if last else strength) * grad
+        p = torch.addcmul(p, strength, grad, value=0.5 if last else 1.0)
     return State(z, p, f, grad)
 
 

@@ -72,7 +72,8 @@ class Viewer:
         room, reach = 1 - side, self.shift * min(height, width)
         rows = resampling(height, side, -reach + (height * room + 2 * reach) * top)
         columns = resampling(width, side, -reach + (width * room + 2 * reach) * left, self.flip & (mirror < 0.5))
-        return torch.einsum('nih,nchw,njw->ncij', rows.to(images.dtype), images, columns.to(images.dtype))
+        across = images.flatten(1, 2) @ columns.mT.to(images.dtype)
+        return rows[:, None].to(images.dtype) @ across.view_as(images)
 
 
 def resampling(size: int, side: Tensor, start: Tensor, mirror: Tensor | None = None) -> Tensor:
@@ -90,5 +91,5 @@ def resampling(size: int, side: Tensor, start: Tensor, mirror: Tensor | None = N
     index = torch.arange(size, device=side.device)
     read = index if mirror is None else torch.where(mirror[:, None], size - 1 - index, index)
     seen = (start.round()[:, None] + (read + 0.5) * side[:, None] - 0.5).remainder(size)
-    distance = (seen[:, :, None] - index).abs()
-    return (1 - torch.minimum(distance, size - distance)).clamp(min=0)
+    distance = (seen[:, :, None] - index).abs_()
+    return distance.sub_(size / 2).abs_().sub_(size / 2 - 1).clamp_(min=0)  # 1 - min(distance, size - distance)
