@@ -4,7 +4,8 @@
 
 Loads the weights and the settings of the run, estimates log Z over the training set in one exact pass (and, after a
 purely generative run, folds it into the bias in place of the running estimate), measures the test error before and
-after rounding to float16, and writes the float16 weights if that costs less than 0.05 points.
+after rounding the weights to float16, and writes these if that costs less than 0.05 points. Biases and the statistics of
+batch norm stay in float32: running variances can exceed what float16 can hold.
 """
 
 import argparse
@@ -83,14 +84,15 @@ def main() -> None:
     test = loader(run.val_split)
     error, nll = test_error(model, test)
     half = build().eval()
-    half.load_state_dict({k: v.half() for k, v in model.state_dict().items()})
+    half.load_state_dict({k: v.half() if v.dim() > 1 else v for k, v in model.state_dict().items()})
     half_error, half_nll = test_error(half, test)
     print(f'test error: float32 {error:.2f} % ({nll:.4f} nats), float16 {half_error:.2f} % ({half_nll:.4f} nats)')
     print(f'log Z {estimate.log_z.tolist()}\nESS {estimate.ess.tolist()} of {estimate.n} images')
     if half_error - error < 0.05:
         error, nll = half_error, half_nll
-        log_z = model.log_z
-        model.half().set_log_z(log_z)  # log Z itself stays in float32
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.half()
 
     last = list(csv.DictReader((Path(args.checkpoint).parent / 'summary.csv').open()))[-1]
     path = zoo.save(
