@@ -13,7 +13,7 @@ from timm_gencnn import cli
 from timm_gencnn.reference import Natural
 from timm_gencnn.samples import read_metadata
 
-LENET = 'gencnn_lenet.gg_dg_mnist'
+LENET = 'gencnn_lenet.vis_mnist'
 
 
 def test_visualize_writes_a_picture_and_a_summary(tmp_path, capsys):

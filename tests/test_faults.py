@@ -332,6 +332,6 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
 
     monkeypatch.setattr(chains, 'sample_gallery', interrupted)
     out = tmp_path / 'x.png'
-    assert cli.main(['visualize', 'gencnn_lenet.gg_dg_mnist', '3', '--steps', '8', '--out', str(out)]) == 130
+    assert cli.main(['visualize', 'gencnn_lenet.vis_mnist', '3', '--steps', '8', '--out', str(out)]) == 130
     assert 'interrupted' in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []

@@ -165,7 +165,7 @@ def test_node_is_drawn_as_visualize_draws_it(tmp_path: Path) -> None:
 
 
 def test_node_can_be_repeated_from_its_png(tmp_path: Path) -> None:
-    gallery('gencnn_lenet.gg_dg_mnist', [7], tmp_path, n=2, steps=8, progress=False)
+    gallery('gencnn_lenet.vis_mnist', [7], tmp_path, n=2, steps=8, progress=False)
     path = tmp_path / 'images' / room.file_name('7')
     repeat = ['Repeat it', f'gencnn visualize --like images/{path.name}']
     assert repeat in room._rows(read_entry(path))
@@ -352,7 +352,7 @@ def test_damaged_node_is_drawn_again_and_leftovers_are_removed(tmp_path: Path) -
     assert read_entry(tmp_path / 'images' / name).node == 'conv:0'
 
 
-LENET = ['gallery', 'gencnn_lenet.gg_dg_mnist', '--nodes', '0-7', '-n', '2', '--steps', '60', '--size', '28']
+LENET = ['gallery', 'gencnn_lenet.vis_mnist', '--nodes', '0-7', '-n', '2', '--steps', '60', '--size', '28']
 
 
 @pytest.mark.parametrize('how', ['SIGKILL', 'SIGINT'])

@@ -44,7 +44,7 @@ def test_angle_is_that_of_leapfrog_in_the_papers_units(name):
 
 def test_lenet(monkeypatch):
     seen = spy_on_steps(monkeypatch)
-    samples = timm_gencnn.visualize('gencnn_lenet.gg_dg_mnist', 3, n=2, steps=801, preset='paper-lenet', progress=False)
+    samples = timm_gencnn.visualize('gencnn_lenet.vis_mnist', 3, n=2, steps=801, preset='paper-lenet', progress=False)
     sizes, lengths, _ = zip(*seen, strict=True)
     assert set(sizes) == {PRESETS['paper-lenet'].angle}  # no adaptation, no random factor
     assert lengths == (100,) * 8
@@ -92,12 +92,12 @@ def test_budget_follows_from_the_kind_of_node(monkeypatch):
 )
 def test_bad_input(wrong):
     with pytest.raises(ValueError, match=r'paper-lenet'):
-        timm_gencnn.visualize('gencnn_lenet.gg_dg_mnist', 3, progress=False, **{'preset': 'paper-lenet'} | wrong)
+        timm_gencnn.visualize('gencnn_lenet.vis_mnist', 3, progress=False, **{'preset': 'paper-lenet'} | wrong)
 
 
 def test_like_repeats_a_preset(tmp_path):
     first, second = tmp_path / 'a.png', tmp_path / 'b.png'
-    command = ['visualize', 'gencnn_lenet.gg_dg_mnist', '3', '-n', '1', '--steps', '801', '--preset', 'paper-lenet']
+    command = ['visualize', 'gencnn_lenet.vis_mnist', '3', '-n', '1', '--steps', '801', '--preset', 'paper-lenet']
     assert cli.main([*command, '--out', str(first), '--device', 'cpu']) == 0
     assert cli.main(['visualize', '--like', str(first), '--out', str(second), '--device', 'cpu']) == 0
     assert timm_gencnn.samples.read_metadata(first)['settings']['preset'] == 'paper-lenet'

@@ -272,7 +272,7 @@ def test_compile_on_the_command_line_is_recorded_and_repeated(tmp_path, eager_co
     from timm_gencnn.cli import main
 
     first, again = tmp_path / 'a.png', tmp_path / 'b.png'
-    main(['visualize', 'gencnn_lenet.gg_dg_mnist', '3', '-n', '1', '--steps', '8', '--compile', '--out', str(first)])
+    main(['visualize', 'gencnn_lenet.vis_mnist', '3', '-n', '1', '--steps', '8', '--compile', '--out', str(first)])
     assert read_metadata(first)['settings']['compile'] is True
     seen = len(eager_compiler)
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ from timm_gencnn.views import PHOTOGRAPHS, PLAIN, Viewer, Views, resampling, vie
 from timm_gencnn.visualize import visualize
 
 visualize_module = sys.modules['timm_gencnn.visualize']
-LENET = 'gencnn_lenet.gg_dg_mnist'
+LENET = 'gencnn_lenet.vis_mnist'
 SIDE = 32
 
 

@@ -391,8 +391,8 @@ def test_only_pngs_of_ours_can_be_repeated(tmp_path):
 
 
 def test_one_line_from_a_name():
-    samples = timm_gencnn.visualize('gencnn_lenet.gg_dg_mnist', 3, n=2, steps=60, progress=False)
+    samples = timm_gencnn.visualize('gencnn_lenet.vis_mnist', 3, n=2, steps=60, progress=False)
     assert isinstance(samples, Samples)
-    model = timm.create_model('gencnn_lenet.gg_dg_mnist', pretrained=True).eval()
+    model = timm.create_model('gencnn_lenet.vis_mnist', pretrained=True).eval()
     logits = model((samples.images[:, :1] - 0.1307) / 0.3081)
     assert (logits.argmax(1) == 3).all()

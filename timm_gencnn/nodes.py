@@ -855,7 +855,7 @@ def table(infos: Iterable[NodeInfo]) -> Iterator[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gencnn nodes`."""
-    parser.add_argument('model', help='a timm model name, such as resnet18 or gencnn_lenet.gg_dg_mnist')
+    parser.add_argument('model', help='a timm model name, such as resnet18 or gencnn_lenet.vis_mnist')
     parser.add_argument('pattern', nargs='?', help="shell-style pattern of layer names, such as 'layer3.*'")
     parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
 

@@ -2,7 +2,7 @@
 
     gencnn train -c resnet_mnist --dataset hfds/FOLDER/mnist --seed 7 --experiment judge_resnet
     gencnn train -c lenet_mnist --dataset hfds/FOLDER/mnist --phase DG --seed 1 --experiment judge_lenet
-    python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.gg_dg_mnist gencnn_lenet.dg_mnist \
+    python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.vis_mnist gencnn_lenet.dg_mnist \
         --judges output/train/judge_resnet/last.pth.tar output/train/judge_lenet/last.pth.tar
 
 For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score as a
@@ -57,7 +57,7 @@ def spread(features: Tensor) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', nargs='+', default=['gencnn_lenet.gg_dg_mnist'])
+    parser.add_argument('--model', nargs='+', default=['gencnn_lenet.vis_mnist'])
     parser.add_argument('--judges', nargs='+', required=True, metavar='CHECKPOINT')
     parser.add_argument('--data', required=True, help='folder with the data sets')
     parser.add_argument('--classes', type=int, help='only the first N classes')
