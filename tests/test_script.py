@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 
 from timm_gencnn import cli
+from timm_gencnn import script as script_module
 
 CLASSES, SIZE = 3, 28
 
@@ -224,6 +226,7 @@ def test_what_is_validated_is_what_is_saved(script, images, tmp_path, more):
     assert abs(validated - validation_loss(images, {**weights, name: bias})) > 0.01
 
 
+FEW = ['--unlabeled-data-dir', '{images}', '--unlabeled-split', 'validation', '--unlabeled-batch-size', '999']
 FULL = ['--gen-epochs', '2', '--disc-lr', '0.004', '--model-ema']
 
 
@@ -232,6 +235,27 @@ def test_the_switch_and_its_rate(script, images, tmp_path):
     assert [row['train_phase'] for row in rows(tmp_path / 'run')] == ['True', 'True', 'False', 'False']
     assert [float(row['lr']) for row in rows(tmp_path / 'run')] == pytest.approx([0.02, 0.02, 0.004, 0.004])
     assert load(tmp_path / 'run')['task_state']['switch_step'] == 14  # 56 images in batches of 8
+
+
+@pytest.mark.parametrize('switch', [2, 6])
+def test_the_rest_of_the_schedule_is_scaled(switch):
+    """Warm-up (the first four epochs) and minimum too; control: the same schedule without --disc-lr."""
+    rates = []
+    for disc_lr in (None, 0.01):
+        session = script_module._Session(SimpleNamespace(disc_lr=disc_lr))
+        session.task = SimpleNamespace(switch_step=None, on_switch=lambda: None)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        schedule = {'sched': 'cosine', 'num_epochs': 10, 'warmup_epochs': 4, 'warmup_lr': 1e-3, 'min_lr': 5e-3}
+        scheduler, _ = session.create_scheduler(optimizer, **schedule)
+        seen = []
+        for epoch in range(10):
+            if epoch == switch:
+                session.task.switch_step = 1
+                session.task.on_switch()
+            seen.append(optimizer.param_groups[0]['lr'])
+            scheduler.step(epoch + 1)
+        rates.append(seen)
+    assert rates[1] == pytest.approx([r * (0.1 if epoch >= switch else 1) for epoch, r in enumerate(rates[0])])
 
 
 @pytest.mark.parametrize('stop', [1, 2, 3])
@@ -294,6 +318,7 @@ def test_two_ranks(script, images, tmp_path):
         (SCRIPT, ['--phase', 'GG', '--schedule-first'], 'creates a schedule before a timm.task.ClassificationTask'),
         (SCRIPT.replace("'step'", "'none'"), ['--gen-epochs', '1', '--disc-lr', '0.1'], 'needs a schedule whose rates'),
         (SCRIPT, ['--phase', 'GG', '--pool-reference', '--sizes', '28', '32'], 'leave out --train-img-sizes'),
+        (SCRIPT, ['--phase', 'GG', *FEW], 'do not fill one batch of 999: lower --unlabeled-batch-size'),
         ('# ' + SCRIPT.replace('\n', '\n# '), ['--phase', 'GG'], 'has created no ClassificationTask'),
         (SCRIPT, [], 'give --gen-epochs or --switch-ess'),
         (None, [], 'is not a file'),
@@ -303,7 +328,7 @@ def test_refuses(images, tmp_path, capsys, text, more, message):
     path = tmp_path / 'train.py'
     if text is not None:
         path.write_text(text)
-    assert run(path, images, tmp_path / 'out', *more) == 2
+    assert run(path, images, tmp_path / 'out', *(word.format(images=images) for word in more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('gencnn train: error:')
     assert message in error

@@ -87,7 +87,7 @@ def transitions(model, node, regime, device='cpu', guard=nullcontext, spy=lambda
 
     streams = hmc.Streams(0, range(2 * len(score.names)), device)
     with frozen(model), channels_last(model):
-        state, _ = chains.start(f, q.shape, streams)
+        state = chains.start(f, q.shape, streams)
         with guard():
             if regime == 'exact':
                 return chains.sample_exact(f, state, streams, 65, kick=rough if kick else None)

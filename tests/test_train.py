@@ -25,7 +25,7 @@ from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
 
-from timm_gencnn import checkpoints, cli, train, train_args
+from timm_gencnn import checkpoints, cli, train, train_args, train_data
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
 from timm_gencnn.train_args import RECIPES, add_arguments
 
@@ -412,6 +412,15 @@ def test_cached_images_give_the_same_run(augment, images, tmp_path):
         assert cli.main(flags(images, tmp_path, '--epochs', '2', *augment, *more)) == 0
         states.append(weights(tmp_path / 'run/last.pth.tar'))
     assert same(*states)
+
+
+def test_a_stream_of_images_cannot_be_cached():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match='--cache-images needs a data set with an index, not Stream'):
+        train_data.cached(Stream(), random=False)
 
 
 def run_rank(rank: int, argv: list[str], port: int) -> None:

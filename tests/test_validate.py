@@ -56,6 +56,12 @@ def test_noise_is_that_of_the_pixels_and_the_same_each_time():
     measured = first.transpose(0, 1).flatten(1).std(1) * torch.tensor(std)
     torch.testing.assert_close(measured, torch.full((2,), 0.1), rtol=0.02, atol=0)
     assert all(a is b for (a, _), (b, _) in zip(batches, noisy(batches, 0, std), strict=True))
+    grey = torch.cat([x for x, _ in noisy([(torch.zeros(500, 1, 8, 8), None)], 0.1, (0.2, 0.3, 0.4))])
+    assert grey.shape == (500, 1, 8, 8)
+    assert grey.std() * 0.3 == pytest.approx(0.1, rel=0.02)
+    for sigma in (-0.5, float('nan')):
+        with pytest.raises(ValueError, match=f'noise {sigma}: give'):
+            next(noisy(batches, sigma, std))
 
 
 def test_scores_in_closed_form():

@@ -146,6 +146,18 @@ def test_chunks_of_chains_give_the_pixels_of_one_batch(lenet, monkeypatch):
         assert parts.diagnostics['score'] == pytest.approx(whole.diagnostics['score'], abs=1e-2)
 
 
+@pytest.mark.parametrize('kwargs', [{'steps': 16}, {'steps': 65, 'temperature': 1.0}])
+def test_chunks_with_dead_chains_give_the_pixels_of_one_batch(lenet, monkeypatch, kwargs):
+    """Some chunks restart dead chains and some do not."""
+    half_dead = lambda x: torch.relu(x[:, 0, 14, 14] + 0.35)  # noqa: E731, a pixel of at least 0.02
+    with pytest.warns(UserWarning, match='dead unit'):
+        whole = quick(lenet, [half_dead, 3], n=6, **kwargs)
+    monkeypatch.setattr(visualize_module, 'PIXELS_PER_BATCH', 2 * 28 * 28)
+    with pytest.warns(UserWarning, match='dead unit'):
+        parts = quick(lenet, [half_dead, 3], n=6, **kwargs)
+    assert torch.allclose(parts.images, whole.images, atol=1e-2)
+
+
 def test_out_of_memory_halves_the_batch_and_goes_on(lenet, monkeypatch):
     whole = quick(lenet, 3, n=8)
     original = hmc.score_and_grad

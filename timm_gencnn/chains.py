@@ -57,7 +57,7 @@ class StartError(ValueError):
 
 def start(
     score: hmc.Score, shape: tuple[int, ...], streams: hmc.Streams, tries: int = 5, origin: bool = False
-) -> tuple[hmc.State, int]:
+) -> hmc.State:
     """Draws starting latents from the reference, z ~ N(0, I), anew where the gradient is zero.
 
     Where the gradient vanishes the density is the reference itself, and the chain would show plain noise.
@@ -70,7 +70,8 @@ def start(
         origin: Start at z = 0 instead, and draw only where the gradient vanishes there.
 
     Returns:
-        The chains and the gradients spent.
+        The chains. Each took one gradient, which counts in the budget of what follows; those of restarts come on top,
+        since a budget that they shortened would let a dead chain change its neighbours.
 
     Raises:
         StartError: The score is not finite, or some chain found no gradient.
@@ -89,7 +90,7 @@ def start(
             )
         dead = state.grad.flatten(1).abs().amax(1) == 0
         if not dead.any():
-            return state, attempt + 1
+            return state
         if attempt == 0:
             warnings.warn(
                 f'the gradient is zero on {int(dead.sum())} of {len(dead)} starting images (a dead unit): '
@@ -117,7 +118,6 @@ def sample_exact(
     kick: hmc.Score | None = None,
     report: Report | None = None,
     step_size: float | None = None,
-    spent: int = 1,
 ) -> Trace:
     """Draws from p(z) ∝ exp(f(z) - |z|²/2) by adjusted HMC.
 
@@ -130,24 +130,23 @@ def sample_exact(
         score: f, latents [n, ...] to scores [n].
         state: The chains at their start (see `start`).
         streams: Random streams of the chains.
-        steps: Budget of gradients per chain: those for the start, then whole trajectories.
+        steps: Budget of gradients per chain: one for the start, then whole trajectories.
         n_leapfrog: Gradients per trajectory.
         target: Acceptance that the warm-up adapts to, in (0, 1).
         kick: A cheaper score for the kicks inside a trajectory (see `hmc.leapfrog`).
         report: Progress callback.
         step_size: A step size in radians to keep from the first transition on, without adaptation and without random
             factor; the first half is discarded all the same.
-        spent: Gradients that the start took.
 
     Raises:
         ValueError: The budget holds no warm-up and four draws.
     """
-    iterations = (steps - spent) // n_leapfrog
+    iterations = (steps - 1) // n_leapfrog
     warmup = iterations // 2
     if warmup < 4:
         raise ValueError(
-            f'steps={steps} is too small for exact sampling: the start ({spent}), 4 warm-up and 4 kept trajectories of '
-            f'{n_leapfrog} gradients need steps >= {spent + 8 * n_leapfrog}'
+            f'steps={steps} is too small for exact sampling: the start, 4 warm-up and 4 kept trajectories of '
+            f'{n_leapfrog} gradients need steps >= {1 + 8 * n_leapfrog}'
         )
     longest = math.pi / 2 / n_leapfrog
     adapt = hmc.DualAveraging.start(torch.full_like(state.score, longest / 2, dtype=torch.float64))
@@ -162,7 +161,7 @@ def sample_exact(
         if i >= warmup:
             kept.append((state.score, info))
         if report:
-            report(spent + (i + 1) * n_leapfrog, state, info.acceptance)
+            report(1 + (i + 1) * n_leapfrog, state, info.acceptance)
     scores, infos = zip(*kept, strict=True)
     return Trace(
         state.z,
@@ -172,7 +171,7 @@ def sample_exact(
         torch.ones_like(size),
         torch.stack([info.energy_error.abs() for info in infos]).mean(0),
         torch.stack([info.diverged for info in infos]).sum(0),
-        spent + iterations * n_leapfrog,
+        1 + iterations * n_leapfrog,
     )
 
 
@@ -225,7 +224,6 @@ def sample_gallery(
     tilt: float | None = None,
     schedule: Schedule = Schedule(),  # noqa: B008, an immutable tuple
     report: Report | None = None,
-    spent: int = 1,
 ) -> Trace:
     """Runs Hamiltonian dynamics with partial momentum refreshment and no accept step: pictures, not samples at T = 1.
 
@@ -244,7 +242,6 @@ def sample_gallery(
         tilt: Final factor on the score, > 0; None takes each chain's automatic one (see `Schedule.strength`).
         schedule: Shape of the run.
         report: Progress callback.
-        spent: Gradients that the start took; those beyond the first are missing from the beginning of the schedule.
 
     Raises:
         ValueError: The budget is below 8 gradients.
@@ -254,7 +251,7 @@ def sample_gallery(
     rms = _rms(state.grad)
     scores = []
     refused = torch.zeros(len(rms), dtype=torch.long, device=rms.device)
-    for i in range(spent, steps):
+    for i in range(1, steps):
         done = i / steps
         final = schedule.strength / rms if tilt is None else torch.full_like(rms, tilt)
         now = final * schedule.tilt(done)

@@ -394,9 +394,7 @@ def _remedy(error: BaseException) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gencnn push`."""
     add = parser.add_argument
-    add(
-        'model', help="model name: 'gencnn_lenet.vis_mnist', 'local-dir:FOLDER', or an architecture with --checkpoint"
-    )
+    add('model', help="model name: 'gencnn_lenet.vis_mnist', 'local-dir:FOLDER', or an architecture with --checkpoint")
     add('repo_id', metavar='USER/REPO', help='where to publish; made if it does not exist')
     add('--checkpoint', metavar='FILE', help='weights to publish, as timm or gencnn train saved them')
     add('--num-classes', type=int, help='number of classes of --checkpoint')

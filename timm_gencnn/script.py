@@ -127,7 +127,11 @@ class _Session:
             )
             batch_size = args.unlabeled_batch_size or given['batch_size']
             plain = {'dataset': dataset, 'batch_size': batch_size, 'collate_fn': None, 'num_aug_splits': 0}
-            self.unlabeled = train_data.endless(_create_loader(**{**given, **plain}))
+            loader = _create_loader(**{**given, **plain})
+            if len(loader) == 0:
+                few = f'{len(dataset)} unlabeled images do not fill one batch of {batch_size}'
+                raise ValueError(f'{few}: lower --unlabeled-batch-size')
+            self.unlabeled = train_data.endless(loader)
 
     def create_naflex_loader(self, *positional: Any, **kwargs: Any) -> Any:
         loader = _create_naflex_loader(*positional, **kwargs)
@@ -147,7 +151,8 @@ class _Session:
 
     def create_scheduler(self, optimizer: Any, *positional: Any, **kwargs: Any) -> Any:
         """timm's schedule; from the switch on, its rates are multiplied by disc_lr / lr."""
-        if self.task is None:
+        task = self.task
+        if task is None:
             raise ValueError('the script creates a schedule before a timm.task.ClassificationTask, unlike timm itself')
         scheduler, epochs = _create_scheduler(optimizer, *positional, **kwargs)
         if self.args.disc_lr is None:
@@ -156,13 +161,19 @@ class _Session:
             raise ValueError('--disc-lr needs a schedule whose rates it scales, and the script has none')
         factor = self.args.disc_lr / max(scheduler.base_values)
 
+        update_groups = scheduler.update_groups
+
+        def update(values: Any) -> None:
+            values = list(values) if isinstance(values, list | tuple) else [values] * len(optimizer.param_groups)
+            update_groups(values if task.switch_step is None else [value * factor for value in values])
+
         def scale() -> None:
-            scheduler.base_values = [value * factor for value in scheduler.base_values]
             for group in optimizer.param_groups:
                 group['lr'] *= factor
 
-        if self.task.switch_step is None:
-            self.task.on_switch = scale
+        scheduler.update_groups = update
+        if task.switch_step is None:
+            task.on_switch = scale
         else:  # resumed after the switch
             scale()
         return scheduler, epochs

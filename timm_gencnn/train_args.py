@@ -56,7 +56,12 @@ def add_generative_arguments(parser: Any) -> None:
     add('--phase', default='GG+DG', choices=PHASES, help='generative, discriminative, or first one then the other')
     add('--gen-epochs', type=float, metavar='N', help='GG+DG: epochs before the switch')
     add('--switch-ess', type=ess_threshold, metavar='X', help="GG+DG: switch at this smoothed ESS, or at its 'plateau'")
-    add('--disc-lr', type=float, metavar='LR', help='learning rate from the switch on (the schedule starts anew)')
+    add(
+        '--disc-lr',
+        type=float,
+        metavar='LR',
+        help='learning rate from the switch on; the schedule starts anew, and with --script goes on, scaled',
+    )
     add('--hybrid', type=float, default=0.0, metavar='H', help='weight of the discriminative loss before the switch')
     add('--pool-queue', type=int, default=0, metavar='N', help='past images whose logits enlarge the image pool')
     add('--pool-running-log-z', action='store_true', help='weigh images by a running log Z instead of the batch')

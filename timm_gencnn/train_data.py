@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 
 class CachedImages(Dataset):
@@ -47,7 +47,13 @@ class CachedImages(Dataset):
 
 
 def cached(dataset: Any, random: bool) -> Any:
-    """CachedImages as what timm's loaders are annotated to take."""
+    """CachedImages as what timm's loaders are annotated to take.
+
+    Raises:
+        ValueError: The data set has no index.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f'--cache-images needs a data set with an index, not {type(dataset).__name__}: leave it out')
     return CachedImages(dataset, random)
 
 

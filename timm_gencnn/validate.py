@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .generative import as_generative
+from .reference import per_channel
 from .train_args import LoadConfig
 from .train_data import check_classes, check_targets, open_dataset, plain_loader
 
@@ -49,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--channels-last', **switch)
     add('--amp', **switch)
     add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
-    add('--noise', type=float, default=0.0, metavar='S', help='add Gaussian noise of this s.d. to the pixels in [0, 1]')
+    add(
+        '--noise',
+        type=float,
+        default=0.0,
+        metavar='S',
+        help='accuracy and calibration with Gaussian noise of this s.d. on pixels in [0, 1]',
+    )
     add('--ood-dataset', metavar='NAME', help='a second data set, whose images should score lower: gives AUROC')
     add('--ood-data-dir', metavar='DIR')
     add('--ood-split', default='validation', metavar='NAME')
@@ -80,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     data = loader(args.dataset, args.data_dir, args.split)
     check_classes(data.dataset, model.num_classes)
     autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
-    results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint}
+    results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint, 'noise': args.noise}
     results |= validate(model, noisy(data, args.noise, config['std']), autocast)
     if args.ood_dataset is not None or args.ood_data_dir is not None:
         outside = loader(args.ood_dataset or '', args.ood_data_dir, args.ood_split)
@@ -156,16 +164,21 @@ def noisy(loader: Any, sigma: float, std: Sequence[float], seed: int = 0) -> Ite
     Args:
         loader: Batches of normalised images [n, C, H, W] and targets.
         sigma: Standard deviation of the noise, for pixels in [0, 1]; 0 leaves the images alone.
-        std: What the pixels of each channel were divided by.
+        std: What the pixels of each channel were divided by; of three for one channel, their mean.
         seed: Seed of the noise.
+
+    Raises:
+        ValueError: A negative sigma.
 
     Yields:
         Images and targets. Pixels are not clipped.
     """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f'noise {sigma}: give a standard deviation of at least 0')
     generator = torch.Generator().manual_seed(seed)
     for images, target in loader:
         if sigma > 0:
-            scale = sigma / torch.tensor(std).view(-1, 1, 1)
+            scale = sigma / torch.tensor(per_channel(std, images.shape[1])).view(-1, 1, 1)
             images = images + (scale * torch.randn(images.shape, generator=generator)).to(images)
         yield images, target
 

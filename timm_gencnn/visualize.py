@@ -430,11 +430,11 @@ class _Run:
 
         origin = self.paper is not None and self.paper.origin
         try:
-            state, spent = chains.start(score, self.reference.shape, streams, origin=origin)
+            state = chains.start(score, self.reference.shape, streams, origin=origin)
         except chains.StartError as e:
             names = dict.fromkeys(repr(node_score.names[i // len(some)]) for i in e.chains)
             raise ValueError(f'{", ".join(names)}: {e}') from None
-        budget: dict[str, Any] = {'steps': self.steps, 'spent': spent, 'report': report}
+        budget: dict[str, Any] = {'steps': self.steps, 'report': report}
         if self.views is None:
             kick = self.rough(score) if self.dtype else None
             if self.paper:

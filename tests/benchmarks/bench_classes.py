@@ -5,8 +5,8 @@
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.vis_mnist gencnn_lenet.dg_mnist \
         --judges output/train/judge_resnet/last.pth.tar output/train/judge_lenet/last.pth.tar
 
-For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score as a
-multiple of the median test image's of the class, the share of saturated pixels, and for each judge the share of
+For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score beside
+that of test images of the same classes (a score has no zero of its own), the share of saturated pixels, and for each judge the share of
 pictures that it names as the asked class, and the variety: the mean distance of the judge's features between pictures
 of a class, relative to that between test images of the class.
 """
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument('--out', help='folder for the pictures')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print('| | score, x real | saturated | judge (its test error) | named as asked | variety |')
+    print('| | score | saturated | judge (its test error) | named as asked | variety |')
     print('|---' * 6 + '|')
     for name in args.model:
         results = zoo.read(name.removeprefix('gencnn_'))['results']
@@ -83,7 +83,7 @@ def main() -> None:
             samples.save(str(Path(args.out, f'{name}.png')))
         own = model(prepare(real, config)).gather(1, labels[:, None])[:, 0]
         usual = torch.stack([own[labels == c].median() for c in classes])[asked]
-        ratio = (torch.tensor(samples.diagnostics['score']) / usual).median()
+        drawn = torch.tensor(samples.diagnostics['score'])
         saturated = ((samples.images < 0.02) | (samples.images > 0.98)).float().mean()
         saturated_real = ((real < 0.02) | (real > 0.98)).float().mean()
         for path in args.judges:
@@ -93,7 +93,7 @@ def main() -> None:
             f, f_real = (judge.forward_head(judge.forward_features(v), pre_logits=True) for v in (x, x_real))
             variety = sum(spread(f[asked == c]) / spread(f_real[labels == c]) for c in classes) / len(classes)
             print(
-                f'| `{name}` | {ratio:.2f} | {saturated:.1%} (real {saturated_real:.1%}) '
+                f'| `{name}` | {drawn.median():.1f} (real {usual.median():.1f}) | {saturated:.1%} (real {saturated_real:.1%}) '
                 f'| {Path(path).parent.name} ({error.float().mean():.1%}) '
                 f'| {right.float().mean():.0%} | {variety:.2f} |',
                 flush=True,

@@ -17,6 +17,7 @@ For each checkpoint, on the test images it never saw, with log Z as estimated on
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -28,11 +29,15 @@ from timm_gencnn.loss import ess, log_mean_exp
 from timm_gencnn.train_data import open_dataset, plain_loader
 
 
-@torch.inference_mode()
-def test_logits(model: torch.nn.Module, folder: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [n, C] and targets [n] of the test images."""
+def images(model: torch.nn.Module, folder: str, split: str) -> Any:
+    """Loader of a split's images, as the checkpoint takes them."""
     config = resolve_data_config({}, model=model)
-    loader = plain_loader(open_dataset(f'hfds/{folder}', None, split, config['input_size'][0]), config)
+    return plain_loader(open_dataset(f'hfds/{folder}', None, split, config['input_size'][0]), config)
+
+
+@torch.inference_mode()
+def all_logits(model: torch.nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [n, C] and targets [n]."""
     logits, target = (torch.cat(t) for t in zip(*((model(x), y) for x, y in loader), strict=True))
     return logits, target
 
@@ -51,7 +56,9 @@ def main() -> None:
         results = zoo.read(name.removeprefix('gencnn_'))['results']
         model = timm.create_model(name, pretrained=True).eval()
         folder = str(Path(args.data, results['dataset'].split('/')[-1]))
-        logits, target = test_logits(model, folder, results['split'])
+        if model.log_z is None:  # none ships where it cannot be trusted
+            model.estimate_log_z(images(model, folder, 'train'), progress=False)
+        logits, target = all_logits(model, images(model, folder, results['split']))
         log_ratio = logits - model.log_z
         true = log_ratio.gather(1, target[:, None]).mean()
         calibration = log_mean_exp(log_ratio).sort().values

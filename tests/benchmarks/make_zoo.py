@@ -4,8 +4,9 @@
 
 Loads the weights and the settings of the run, estimates log Z over the training set in one exact pass (and, after a
 purely generative run, folds it into the bias in place of the running estimate), measures the test error before and
-after rounding the weights to float16, and writes these if that costs less than 0.05 points. Biases and the statistics of
-batch norm stay in float32: running variances can exceed what float16 can hold.
+after rounding the weights to float16, and writes these if that costs less than 0.05 points. Biases and the statistics
+of batch norm stay in float32: running variances can exceed what float16 can hold. log Z is kept where it can be
+trusted, with an effective sample size of at least 100 images for each class.
 """
 
 import argparse
@@ -83,6 +84,8 @@ def main() -> None:
         model.fold_intercepts(priors=sum(torch.bincount(y, minlength=model.num_classes) for _, y in train))
     test = loader(run.val_split)
     error, nll = test_error(model, test)
+    if min(estimate.ess) < 100:
+        model.set_log_z(None)
     half = build().eval()
     half.load_state_dict({k: v.half() if v.dim() > 1 else v for k, v in model.state_dict().items()})
     half_error, half_nll = test_error(half, test)
