@@ -170,6 +170,9 @@ def test_small_resnets(name, width, parameters, stride):
     net = timm.create_model(name, stem_stride=stride, features_only=True)
     assert [f.shape[-1] for f in net(images)] == sides
     assert net.feature_info.reduction() == [32 * stride // s for s in sides]
+    dilated = timm.create_model(name, stem_stride=stride, features_only=True, output_stride=4 * stride)
+    assert [f.shape[-1] for f in dilated(images)] == [32, 16, 8, 8]
+    assert dilated.feature_info.reduction() == [stride, 2 * stride, 4 * stride, 4 * stride]
     cfg = model.pretrained_cfg
     assert model.get_submodule(cfg['first_conv']) is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     assert model.get_submodule(cfg['classifier']) is model.get_classifier()

@@ -6,9 +6,9 @@
         --judges output/train/judge_resnet/last.pth.tar output/train/judge_lenet/last.pth.tar
 
 For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score beside
-that of test images of the same classes (a score has no zero of its own), the share of saturated pixels, and for each judge the share of
-pictures that it names as the asked class, and the variety: the mean distance of the judge's features between pictures
-of a class, relative to that between test images of the class.
+that of test images of the same classes (a score has no zero of its own), the share of saturated pixels, and for each
+judge the share of pictures that it names as the asked class, and the variety: the mean distance of the judge's features
+between pictures of a class, relative to that between test images of the class.
 """
 
 import argparse

@@ -44,6 +44,7 @@ def command(run: argparse.Namespace, dataset: str) -> str:
         flags.pop('num_classes', None)
     flags |= {'phase': run.phase, 'seed': run.seed}
     words = [f'gencnn train -c {run.config} --dataset hfds/{dataset}']
+    words += ['--input-key img'] if dataset == 'uoft-cs/cifar10' else []  # the name of the column on the Hub
     words += ['--' + k.replace('_', '-') + ('' if v is True else f' {v}') for k, v in flags.items()]
     if run.model_kwargs:
         words.append('--model-kwargs ' + ' '.join(f'{k}={v}' for k, v in run.model_kwargs.items()))

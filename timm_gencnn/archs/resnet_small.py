@@ -22,16 +22,19 @@ class SmallImageResNet(ByobNet):
     Args:
         cfg: What ByobNet is to build, with a stem of one convolution.
         stem_stride: Stride of that convolution, 1 or 2.
+        output_stride: Largest reduction; later strides become dilations.
         kwargs: Further arguments of ByobNet.
 
     Raises:
         ValueError: The stride is neither 1 nor 2.
     """
 
-    def __init__(self, cfg: ByoModelCfg, *args: Any, stem_stride: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, cfg: ByoModelCfg, *args: Any, stem_stride: int = 1, output_stride: int = 16, **kwargs: Any
+    ) -> None:
         if stem_stride not in (1, 2):
             raise ValueError(f'stem_stride is {stem_stride!r}: give 1 (images of 32 pixels) or 2 (of 64)')
-        super().__init__(cfg, *args, **kwargs)
+        super().__init__(cfg, *args, output_stride=min(32, output_stride * 2 // stem_stride), **kwargs)
         stem: Any = self.stem
         stem.conv.stride = (stem_stride, stem_stride)
         for info in self.feature_info:
