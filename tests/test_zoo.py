@@ -10,8 +10,31 @@ import timm_gencnn  # noqa: F401  (registers the checkpoints)
 from timm_gencnn import zoo
 from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import noisy, validate
+from timm_gencnn.visualize import repeat_settings, weights_digest
 
 DATA = Path(__file__).parents[2] / 'shared/data'
+
+
+ROOT = Path(__file__).parents[1]
+PICTURES = [ROOT / f'.github/images/{name}.png' for name in ('digits', 'cifar10')]
+PICTURES += sorted(ROOT.glob('hub_cards/*/images/*.png'))
+
+
+@pytest.mark.parametrize('path', PICTURES, ids=lambda path: f'{path.parents[1].name}-{path.stem}')
+def test_shipped_pictures_were_drawn_from_the_shipped_weights(path):
+    """What `--like` asks of them."""
+    if not path.exists():
+        pytest.skip('this picture does not come with the source distribution')
+    settings = repeat_settings(str(path))
+    name = settings['model'].rsplit('/')[-1]
+    assert name.removeprefix('gencnn_') in zoo.names()
+    assert settings['weights'] == weights_digest(timm.create_model(name, pretrained=True))
+
+
+def test_every_checkpoint_has_a_card_with_pictures():
+    for name in zoo.names():
+        assert (ROOT / f'hub_cards/{name}/README.md').exists()
+        assert list((ROOT / f'hub_cards/{name}/images').glob('*.png'))
 
 
 @pytest.fixture

@@ -435,8 +435,9 @@ class _Run:
             names = dict.fromkeys(repr(node_score.names[i // len(some)]) for i in e.chains)
             raise ValueError(f'{", ".join(names)}: {e}') from None
         budget: dict[str, Any] = {'steps': self.steps, 'report': report}
+        rough = self.rough(node_score) if self.dtype else None
         if self.views is None:
-            kick = self.rough(score) if self.dtype else None
+            kick = None if rough is None else lambda z: rough(self.reference(z))
             if self.paper:
                 budget |= {'n_leapfrog': self.paper.n_leapfrog, 'step_size': self.paper.angle}
             trace = chains.sample_exact(score, state, streams, kick=kick, **budget)
@@ -444,12 +445,9 @@ class _Run:
             viewer = Viewer([self.views[k] for k in group for _ in some], self.seed, ids, self.device)
 
             def seen(z: Tensor) -> Tensor:
-                return node_score(viewer(self.reference(z)))
+                return (rough or node_score)(viewer(self.reference(z)))
 
-            target = self.rough(seen) if self.dtype else seen
-            trace = chains.sample_gallery(
-                target, state, streams, temperature=self.temperature, tilt=self.tilt, **budget
-            )
+            trace = chains.sample_gallery(seen, state, streams, temperature=self.temperature, tilt=self.tilt, **budget)
         bar.update(self.steps - last[1])
         final, _ = hmc.score_and_grad(score, trace.z)  # the one pass that has been compiled is that with a gradient
         pixels = to_rgb(self.reference.pixels(trace.z))
@@ -457,11 +455,11 @@ class _Run:
         return trace, final, pixels, film
 
     def rough(self, score: hmc.Score) -> hmc.Score:
-        """The same score under autocast."""
+        """The same score of images under autocast."""
 
-        def cast(z: Tensor) -> Tensor:
+        def cast(images: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.dtype):
-                return score(z).float()
+                return score(images).float()
 
         return cast
 

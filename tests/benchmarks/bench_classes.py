@@ -92,12 +92,14 @@ def main() -> None:
             right, error = judge(x).argmax(1) == asked, judge(x_real).argmax(1) != labels
             f, f_real = (judge.forward_head(judge.forward_features(v), pre_logits=True) for v in (x, x_real))
             variety = sum(spread(f[asked == c]) / spread(f_real[labels == c]) for c in classes) / len(classes)
-            print(
-                f'| `{name}` | {drawn.median():.1f} (real {usual.median():.1f}) | {saturated:.1%} (real {saturated_real:.1%}) '
-                f'| {Path(path).parent.name} ({error.float().mean():.1%}) '
-                f'| {right.float().mean():.0%} | {variety:.2f} |',
-                flush=True,
-            )
+            cells = [
+                f'{drawn.median():.1f} (real {usual.median():.1f})',
+                f'{saturated:.1%} (real {saturated_real:.1%})',
+                f'{Path(path).parent.name} ({error.float().mean():.1%})',
+                f'{right.float().mean():.0%}',
+                f'{variety:.2f}',
+            ]
+            print(f'| `{name}` | ' + ' | '.join(cells) + ' |', flush=True)
 
 
 if __name__ == '__main__':

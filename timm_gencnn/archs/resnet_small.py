@@ -34,7 +34,7 @@ class SmallImageResNet(ByobNet):
     ) -> None:
         if stem_stride not in (1, 2):
             raise ValueError(f'stem_stride is {stem_stride!r}: give 1 (images of 32 pixels) or 2 (of 64)')
-        super().__init__(cfg, *args, output_stride=min(32, output_stride * 2 // stem_stride), **kwargs)
+        super().__init__(cfg, output_stride=min(32, output_stride * 2 // stem_stride), **kwargs)
         stem: Any = self.stem
         stem.conv.stride = (stem_stride, stem_stride)
         for info in self.feature_info:
