@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument('--dataset', required=True, help="Hub id of the data set, for the card: 'ylecun/mnist'")
     parser.add_argument('--seconds', type=float, help='how long the training took')
     parser.add_argument('--hardware', default='one CPU core', help='what it was trained on')
+    parser.add_argument('--note', help='what a reader of the test error must know')
     parser.add_argument('--default', action='store_true', help='what `pretrained=True` without a tag means')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -106,6 +107,7 @@ def main() -> None:
         default=args.default,
         results={
             **{'dataset': args.dataset, 'split': run.val_split},
+            **({'note': args.note} if args.note else {}),
             **{'test_error': round(error, 2), 'test_nll': round(nll, 4), 'train_loss': float(last['train_loss'])},
         },
         recipe={
