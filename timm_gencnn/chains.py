@@ -27,14 +27,14 @@ class Trace(NamedTuple):
 
     Attributes:
         z: Final latents [n, ...].
-        scores: Score of every kept draw [draws, n].
+        scores: Score of every kept draw [draws, n]; in the gallery regime of every step, and of the random view it saw.
         acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; NaN in the gallery regime, which
             has no accept test.
         step_size: Step size at the end [n], radians.
         tilt: Factor on the score at the end [n].
         energy_error: Mean |dH| of the kept transitions [n]; NaN in the gallery regime.
         divergences: Divergent or non-finite proposals per chain [n].
-        gradients: Image gradients per chain.
+        gradients: Image gradients per chain, without those of restarts.
     """
 
     z: Tensor
