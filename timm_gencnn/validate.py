@@ -168,7 +168,7 @@ def noisy(loader: Any, sigma: float, std: Sequence[float], seed: int = 0) -> Ite
         seed: Seed of the noise.
 
     Raises:
-        ValueError: A negative sigma.
+        ValueError: A sigma that is negative or not finite.
 
     Yields:
         Images and targets. Pixels are not clipped.

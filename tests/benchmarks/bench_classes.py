@@ -1,9 +1,15 @@
-"""Are the pictures of a checkpoint's classes recognisable and varied? Judges that share no weights with it say.
+r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges that share no weights with it say.
 
     gencnn train -c resnet_mnist --dataset hfds/FOLDER/mnist --seed 7 --experiment judge_resnet
-    gencnn train -c lenet_mnist --dataset hfds/FOLDER/mnist --phase DG --seed 1 --experiment judge_lenet
+    gencnn train -c lenet_mnist --dataset hfds/FOLDER/mnist --phase DG --seed 0 --experiment judge_dg  # and GG
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.vis_mnist gencnn_lenet.dg_mnist \
-        --judges output/train/judge_resnet/last.pth.tar output/train/judge_lenet/last.pth.tar
+        --judges output/train/judge_resnet/last.pth.tar output/train/judge_dg/last.pth.tar
+
+    gencnn train -c resnet_cifar10 --model test_resnet --num-classes 10 --input-size 3 64 64 --crop-pct 1 \
+        --mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 --phase DG --epochs 5 --seed 7 \
+        --dataset hfds/FOLDER/cifar10 --experiment judge_cifar
+    python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_resnet10_w32.gg_dg_cifar10 --n 5 \
+        --judges output/train/judge_cifar/last.pth.tar
 
 For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score beside
 that of test images of the same classes (a score has no zero of its own), the share of saturated pixels, and for each
