@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import timm
 import timm.data
@@ -15,13 +14,13 @@ import timm.scheduler
 import timm.task
 import torch
 import torch.multiprocessing as mp
-from PIL import Image
+from pictures import SIZE, draw_bars
 from timm.data import create_dataset, create_loader
 
 from timm_gencnn import cli
 from timm_gencnn import script as script_module
 
-CLASSES, SIZE = 3, 28
+CLASSES = 3
 
 # As in timm's train.py: the loaders, then the task; the model for validation fetched once, before training; optimizer,
 # resume, average, compilation and DDP in this order; the schedule last.
@@ -144,17 +143,8 @@ def one_thread():
 @pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
     """Three classes of pictures, a bar at a place of its own in noise; twice as many of the first class."""
-    root = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, n in (('train', 14), ('validation', 6)):
-        for c in range(CLASSES):
-            folder = root / split / f'class{c}'
-            folder.mkdir(parents=True)
-            for i in range(2 * n if c == 0 else n):
-                pixels = rng.integers(0, 120, (SIZE, SIZE), dtype=np.uint8)
-                pixels[:, 4 + 8 * c : 8 + 8 * c] += 100
-                Image.fromarray(pixels).save(folder / f'{i}.png')
-    return root
+    counts = {'train': (28, 14, 14), 'validation': (12, 6, 6)}
+    return draw_bars(tmp_path_factory.mktemp('images'), counts, noise=120, bar=100)
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ import types
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import timm
 import timm.utils.summary
 import torch
 import torch.multiprocessing as mp
 import yaml
-from PIL import Image
+from pictures import draw_bars
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
@@ -29,23 +28,14 @@ from timm_gencnn import checkpoints, cli, train, train_args, train_data
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
 from timm_gencnn.train_args import RECIPES, add_arguments
 
-CLASSES, SIZE = 3, 28
+CLASSES = 3
 
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
     """Three classes of pictures, each a bar at its own place in noise: 16 a class for training, 4 for validation."""
-    root = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, n in (('train', 16), ('validation', 4)):
-        for c in range(CLASSES):
-            folder = root / split / f'class{c}'
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 60, (SIZE, SIZE), dtype=np.uint8)
-                pixels[:, 4 + 8 * c : 8 + 8 * c] += 180
-                Image.fromarray(pixels).save(folder / f'{i}.png')
-    return root
+    counts = {'train': [16] * CLASSES, 'validation': [4] * CLASSES}
+    return draw_bars(tmp_path_factory.mktemp('images'), counts, noise=60, bar=180)
 
 
 def flags(images: Path, out: Path, *more: str) -> list[str]:
