@@ -352,7 +352,7 @@ def test_damaged_node_is_drawn_again_and_leftovers_are_removed(tmp_path: Path) -
     assert read_entry(tmp_path / 'images' / name).node == 'conv:0'
 
 
-LENET = ['gallery', 'gencnn_lenet.vis_mnist', '--nodes', '0-7', '-n', '2', '--steps', '60', '--size', '28']
+LENET = ['gallery', 'gencnn_lenet.vis_mnist', '--nodes', '0-7', '-n', '2', '--steps', '240', '--size', '28']
 
 
 @pytest.mark.parametrize('how', ['SIGKILL', 'SIGINT'])
