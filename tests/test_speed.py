@@ -1,7 +1,9 @@
 """What makes sampling fast leaves its results alone, and nothing inside a transition waits for the device."""
 
+import importlib.util
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import timm
@@ -132,6 +134,21 @@ def test_cuda_is_never_waited_for(resnet, regime):
             transitions(resnet, 1, regime, 'cuda', guard=SyncError, spy=lambda f: f[0].item())
     finally:
         resnet.to('cpu')
+
+
+# The benchmark
+
+
+@pytest.mark.parametrize('name', ['raw', 'raw_channels_last', 'exact', 'gallery'])
+def test_the_benchmark_of_speed_counts_what_it_was_asked_for(resnet, name):
+    spec = importlib.util.spec_from_file_location('bench_speed', Path(__file__).parent / 'benchmarks/bench_speed.py')
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    with frozen(resnet):
+        s = bench.Setting(bench.Counter(resnet).eval(), SIDE, 2, 65, torch.device('cpu'))
+        price = bench.price(getattr(bench, name), s)
+    assert (s.model.gradients, s.model.forwards, price.forwards) == (65, 65, 1)
+    assert price.gradient > 0
 
 
 # Channels-last weights
