@@ -77,20 +77,21 @@ def test_gallery_passes_its_schedule_to_the_kernel():
     seen = []
     original = hmc.unadjusted_step
 
-    def spy(state, score, streams, step_size, temperature, tilt, persistence):
-        seen.append((temperature, tilt[0].item(), persistence))
-        return original(state, score, streams, step_size, temperature, tilt, persistence)
+    def spy(state, score, streams, step_size, n_leapfrog, temperature, tilt, persistence):
+        seen.append((n_leapfrog, temperature, tilt[0].item(), persistence))
+        return original(state, score, streams, step_size, n_leapfrog, temperature, tilt, persistence)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hmc, 'unadjusted_step', spy)
         state, streams = begin(linear, 2)
         trace = chains.sample_gallery(linear, state, streams, 50, temperature=0.01, tilt=7.0)
-    temperatures, tilts, persistence = zip(*seen, strict=True)
+    lengths, temperatures, tilts, persistence = zip(*seen, strict=True)
+    assert lengths == (4,) * 12 + (1,)  # and the gradient of the start
     assert temperatures[0] > 0.8
     assert temperatures[-1] == pytest.approx(0.01)
     assert tilts[0] < 1
     assert tilts[-1] == trace.tilt[0].item() == 7.0
-    assert set(persistence) == {0.9}
+    assert set(persistence) == {0.65}
 
 
 def test_divergences_are_summed_over_the_kept_draws():
@@ -152,7 +153,7 @@ def test_gallery_spends_exactly_its_budget_and_raises_the_score(steps):
     start = state.score
     trace = chains.sample_gallery(score, state, streams, steps, temperature=0.02)
     assert calls == trace.gradients == steps
-    assert trace.scores.shape == (steps - 1, 3)
+    assert trace.scores.shape == (math.ceil((steps - 1) / 4), 3)
     assert (linear(trace.z) > start).all()
 
 

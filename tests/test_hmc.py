@@ -96,7 +96,7 @@ def test_without_the_accept_test_exact_draws_are_spoiled():
     streams = SharedStream(7, n)
     state = hmc.init(quartic, exact_quartic(n, generator)[:, None], streams)
     for _ in range(2):
-        state, finite = hmc.unadjusted_step(state, quartic, streams, torch.full((n,), 0.9))
+        state, finite = hmc.unadjusted_step(state, quartic, streams, torch.full((n,), 0.9), 1)
         assert finite.all()
     assert quartic_p_value(state.z[:, 0]) < 1e-3
 
@@ -108,16 +108,17 @@ def test_unadjusted_steps_keep_the_reference_exactly():
     zero = lambda z: z.new_zeros(len(z))  # noqa: E731
     state = hmc.init(zero, 0.5 * streams.normal((1,)), streams, temperature)
     for _ in range(3):
-        state, _ = hmc.unadjusted_step(state, zero, streams, torch.full((n,), 0.9), temperature, persistence=0.5)
+        state, _ = hmc.unadjusted_step(state, zero, streams, torch.full((n,), 0.9), 2, temperature, persistence=0.5)
     assert stats.kstest(state.z[:, 0].numpy(), 'norm', (0, 0.5)).pvalue > 1e-3
     assert stats.kstest(state.z[:, 0].numpy(), 'norm', (0, 0.52)).pvalue < 1e-3
 
 
-def test_an_unadjusted_step_that_is_not_finite_is_refused():
+@pytest.mark.parametrize('n_leapfrog', [1, 3])
+def test_an_unadjusted_step_that_is_not_finite_is_refused(n_leapfrog):
     cliff = lambda z: z[:, 0].masked_fill(z[:, 0] > 0, torch.inf)  # noqa: E731
     streams = hmc.Streams(0, range(50))
     start = hmc.init(cliff, -1 - streams.normal((1,)).abs(), streams)
-    end, finite = hmc.unadjusted_step(start, cliff, streams, torch.full((50,), 1.5))
+    end, finite = hmc.unadjusted_step(start, cliff, streams, torch.full((50,), 1.5 / n_leapfrog), n_leapfrog)
     assert 0 < finite.sum() < 50
     assert torch.equal(end.z[~finite], start.z[~finite])
     assert torch.equal(end.score[~finite], start.score[~finite])

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from timm_gencnn import cli, hmc
+from timm_gencnn import chains, cli, hmc
 from timm_gencnn.samples import read_metadata
-from timm_gencnn.views import PHOTOGRAPHS, PLAIN, Viewer, Views, resampling, views_of
+from timm_gencnn.views import PHOTOGRAPHS, PLAIN, Band, Resample, Viewer, Views, resampling, views_of
 from timm_gencnn.visualize import visualize
 
 visualize_module = sys.modules['timm_gencnn.visualize']
@@ -53,6 +53,35 @@ def test_a_stretch_is_enlarged_by_linear_interpolation() -> None:
     around = resampling(8, torch.tensor([0.5]), torch.tensor([6.0]))[0] @ ramp
     torch.testing.assert_close(around[:3], torch.tensor([5.75, 6.25, 6.75]))
     torch.testing.assert_close(around[3], 0.75 * ramp[7] + 0.25 * ramp[0])  # over the edge
+
+
+# Banded products
+
+
+def laws(n: int) -> dict[str, Tensor]:
+    """Sides from a half to one, both ends among them, and starts anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    side = torch.cat([torch.tensor([0.5, 1.0, 0.995]), 0.5 + 0.5 * torch.rand(n - 3, generator=generator)])
+    return {'side': side, 'start': 60 * torch.rand(n, generator=generator) - 20, 'mirror': torch.arange(n) % 2 == 1}
+
+
+@pytest.mark.parametrize('size', [3, 17, 40])
+def test_a_band_has_all_that_is_not_zero(size: int) -> None:
+    """Also in the transpose, a pixel of the image being read by at most 2 / 0.5 of the view's."""
+    matrices = resampling(size, **laws(200))
+    for dense, k in (matrices, 2), (matrices.mT, 4):
+        assert (dense > 0).sum(2).max() == min(k, size)
+        assert torch.equal((Band.of(dense, k) @ torch.eye(size).expand(200, 1, -1, -1))[:, 0], dense)
+
+
+def test_resampling_is_the_two_matrix_products_and_its_gradient_their_transposes() -> None:
+    rows, columns = resampling(12, **laws(20)), resampling(18, **laws(20))
+    images, grad = torch.randn(20, 3, 12, 18, requires_grad=True), torch.randn(20, 3, 12, 18)
+    views = Resample.apply(images, *(Band.of(m, k) for m in (rows, columns) for m, k in ((m, 2), (m.mT, 4))))
+    torch.testing.assert_close(views, rows[:, None] @ images @ columns.mT[:, None])
+    back = torch.autograd.grad(views, images, grad)[0]
+    torch.testing.assert_close(back, rows.mT[:, None] @ grad @ columns[:, None])
+    assert views.is_contiguous()  # as the images of the first gradient are, lest torch.compile make two graphs
 
 
 # The law of the views
@@ -195,13 +224,16 @@ def test_chunks_of_chains_see_the_views_of_one_batch(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(quick(model, [0, 1], n=3, steps=30).images, whole.images, atol=1e-2, rtol=0)
 
 
-def test_pictures_say_their_views_and_older_ones_are_refused(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
     new = visualize(LENET, [3, 'conv2:1'], n=1, steps=8, progress=False)
     assert new.settings['views'] == [{'crop': 1.0, 'flip': False, 'shift': 0.08}] * 2
     exact = visualize(LENET, 3, n=1, steps=70, temperature=1, progress=False)
+    assert new.settings['schedule'] == chains.Schedule()._asdict()
     for samples, code in (new, 2), (exact, 0):  # those at T = 1 are as they were
-        del samples.settings['views']
+        del samples.settings['views'], samples.settings['schedule']
         path = samples.save(tmp_path / 'old.png')
         assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'again.png')]) == code
-    assert 'before gallery pictures had random views: draw it anew' in capsys.readouterr().err
+    assert 'drawn by an older sampler, which is gone: draw it anew' in capsys.readouterr().err
     assert read_metadata(tmp_path / 'again.png')['settings']['regime'] == 'exact'

@@ -27,7 +27,8 @@ class Trace(NamedTuple):
 
     Attributes:
         z: Final latents [n, ...].
-        scores: Score of every kept draw [draws, n]; in the gallery regime of every step, and of the random view it saw.
+        scores: Score of every kept draw [draws, n]; in the gallery regime of every transition, and of the random
+            view at its end.
         acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; NaN in the gallery regime, which
             has no accept test.
         step_size: Step size at the end [n], radians.
@@ -186,7 +187,8 @@ class Schedule(NamedTuple):
             automatic tilt of a chain is strength / RMS(grad f), the scale-free choice, since z = tilt · grad f where
             the density peaks.
         move: Scale of a kick along the score's gradient, in latent units.
-        persistence: Share of the momentum kept from step to step.
+        n_leapfrog: Gradients from one refreshment of the momentum to the next.
+        persistence: Share of the momentum that a refreshment keeps.
         anneal: Share of the budget over which the tilt rises and the temperature falls from 1, both geometrically, to
             their final values.
         start: Tilt at the start relative to the final one.
@@ -196,7 +198,8 @@ class Schedule(NamedTuple):
 
     strength: float = 1.0
     move: float = 0.03
-    persistence: float = 0.9
+    n_leapfrog: int = 4
+    persistence: float = 0.65
     anneal: float = 0.6
     start: float = 0.1
     ramp_up: float = 0.1
@@ -251,18 +254,19 @@ def sample_gallery(
     rms = _rms(state.grad)
     scores = []
     refused = torch.zeros(len(rms), dtype=torch.long, device=rms.device)
-    for i in range(1, steps):
-        done = i / steps
+    for first in range(1, steps, schedule.n_leapfrog):
+        n_leapfrog = min(schedule.n_leapfrog, steps - first)
+        done = first / steps
         final = schedule.strength / rms if tilt is None else torch.full_like(rms, tilt)
         now = final * schedule.tilt(done)
         eps = (schedule.move * schedule.pace(done) / (now * rms)).sqrt().clamp(max=0.5)
         heat = schedule.temperature(done, temperature)
-        state, finite = hmc.unadjusted_step(state, score, streams, eps, heat, now, schedule.persistence)
-        rms = 0.95 * rms + 0.05 * _rms(state.grad)
+        state, finite = hmc.unadjusted_step(state, score, streams, eps, n_leapfrog, heat, now, schedule.persistence)
+        rms = 0.9 * rms + 0.1 * _rms(state.grad)
         scores.append(state.score)
         refused += ~finite
         if report:
-            report(i + 1, state, None)
+            report(first + n_leapfrog, state, None)
     none = torch.full_like(rms, math.nan)
     return Trace(state.z, torch.stack(scores), none, eps, final, none, refused, steps)
 

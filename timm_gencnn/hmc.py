@@ -208,19 +208,20 @@ def unadjusted_step(
     score: Score,
     streams: Streams,
     step_size: Tensor,
+    n_leapfrog: int,
     temperature: float = 1.0,
     tilt: float | Tensor = 1.0,
     persistence: float = 0.0,
 ) -> tuple[State, Tensor]:
-    """One step of underdamped Langevin dynamics: that of `step` with one gradient and no accept test.
+    """The transition of `step` without its accept test; underdamped Langevin dynamics at `n_leapfrog=1`.
 
-    The discretisation error is left in. A step that is not finite is refused, and the momentum flipped.
+    The discretisation error is left in. A trajectory that is not finite is refused, and the momentum flipped.
 
     Returns:
-        The new state and whether the step was finite [n], bool.
+        The new state and whether the trajectory was finite [n], bool.
     """
     start = refresh(state, streams, temperature, persistence)
-    end = leapfrog(start, score, step_size, 1, tilt)
+    end = leapfrog(start, score, step_size, n_leapfrog, tilt)
     finite = end.score.isfinite() & torch.linalg.vector_norm(end.p.flatten(1), dim=1, dtype=torch.float64).isfinite()
     return _choose(finite, end, start._replace(p=-start.p)), finite
 

@@ -8,10 +8,12 @@ and gradient, and the score that is reported at the end is that of the plain ima
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import hmc
@@ -62,25 +64,67 @@ class Viewer:
 
     def __init__(self, views: Sequence[Views], seed: int, chains: Sequence[int], device: torch.device | str = 'cpu'):
         self.streams = hmc.Streams(seed + OWN_STREAMS, chains, device)
+        self.closest = min(v.crop for v in views)
         self.crop, self.flip, self.shift = (torch.tensor(v, device=device) for v in zip(*views, strict=True))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """A view of each image [n, C, H, W], of the same size, differentiable; costs two small matrix products."""
+        """A view of each image [n, C, H, W], of the same size, differentiable."""
         height, width = images.shape[2:]
         side, mirror, top, left = self.streams.uniform((4,)).unbind(1)
         side = 1 - (1 - self.crop) * side
         room, reach = 1 - side, self.shift * min(height, width)
         rows = resampling(height, side, -reach + (height * room + 2 * reach) * top)
         columns = resampling(width, side, -reach + (width * room + 2 * reach) * left, self.flip & (mirror < 0.5))
-        across = images.flatten(1, 2) @ columns.mT.to(images.dtype)
-        return rows[:, None].to(images.dtype) @ across.view_as(images)
+        touched = math.ceil(2 / self.closest)  # pixels of the view that read one of the image, at most
+        bands = (Band.of(m, k) for m in (rows, columns) for m, k in ((m, 2), (m.mT, touched)))
+        return Resample.apply(images, *bands)
+
+
+class Band(NamedTuple):
+    """Matrices [n, rows, columns] of which few entries are not zero.
+
+    Attributes:
+        weights: Entries of each row, all that are not zero among them [n, rows, k].
+        columns: Where they are [n, rows, k].
+    """
+
+    weights: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, matrices: Tensor, k: int) -> Band:
+        """Non-negative matrices with at most k entries to a row that are not zero."""
+        return cls(*matrices.topk(min(k, matrices.shape[2])))
+
+    def __matmul__(self, images: Tensor) -> Tensor:
+        """The product with images [n, C, columns, W]: [n, C, rows, W]."""
+        n, channels, height, width = images.shape
+        first = height * torch.arange(n * channels, device=images.device).view(n, channels, 1, 1)
+        index = (self.columns[:, None] + first).flatten(0, 2)
+        weights = self.weights[:, None].expand(-1, channels, -1, -1).flatten(0, 2).to(images.dtype)
+        rows = F.embedding_bag(index, images.reshape(-1, width), mode='sum', per_sample_weights=weights)
+        return rows.view(n, channels, -1, width)
+
+
+class Resample(torch.autograd.Function):
+    """rows @ images @ columnsᵀ: `Resample.apply(images, rows, rowsᵀ, columns, columnsᵀ)`, each a `Band`.
+
+    Gradients are gathered by the transposes as the images are by the matrices, and so are the same in every run. The
+    backward passes of torch's own interpolations scatter them, in an order that a GPU leaves open.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, rows: Band, rows_t: Band, columns: Band, columns_t: Band) -> Tensor:
+        ctx.back = rows_t, rows, columns_t, columns
+        return (columns @ (rows @ images).mT).mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return Resample.apply(grad, *ctx.back), None, None, None, None
 
 
 def resampling(size: int, side: Tensor, start: Tensor, mirror: Tensor | None = None) -> Tensor:
     """Matrices [n, size, size] that enlarge a stretch of a circular signal to the whole, by linear interpolation.
-
-    Products with them are the same in every run, which the backward passes of torch's own interpolations are not on a
-    GPU.
 
     Args:
         size: Samples of the signal.
