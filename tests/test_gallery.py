@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -302,6 +303,24 @@ def test_finished_nodes_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     assert before.items() <= after.items()
     assert len(after) == 3
     assert nodes_on(tmp_path / 'index.html') == ['conv:2', 'conv:0', 'conv:1']
+
+
+@pytest.mark.parametrize(('temperature', 'steps', 'kept'), [(None, 8, False), (1.0, 70, True)])
+def test_pictures_of_an_older_sampler_are_refused(
+    temperature: float | None, steps: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those from before the views; those of the exact regime are as they were, and are kept."""
+    request = room._request
+    older = lambda *args: {k: v for k, v in request(*args).items() if k not in ('views', 'schedule')}  # noqa: E731
+    settings = KWARGS | {'temperature': temperature, 'steps': steps}
+    with monkeypatch.context() as patch:
+        patch.setattr(room, '_request', older)
+        gallery(Net(), 'conv:0', tmp_path, **settings)
+    before = contents(tmp_path)
+    refused = pytest.raises(ValueError, match=r'views None, now .*, schedule None, now .*--overwrite')
+    with nullcontext() if kept else refused:
+        gallery(Net(), 'conv:0', tmp_path, **settings)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -230,10 +230,15 @@ def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
     new = visualize(LENET, [3, 'conv2:1'], n=1, steps=8, progress=False)
     assert new.settings['views'] == [{'crop': 1.0, 'flip': False, 'shift': 0.08}] * 2
     exact = visualize(LENET, 3, n=1, steps=70, temperature=1, progress=False)
-    assert new.settings['schedule'] == chains.Schedule()._asdict()
+    other = chains.Schedule()._asdict() | {'move': 0.04}
+    new.settings['schedule'], schedule = other, new.settings['schedule']
+    path = str(new.save(tmp_path / 'other.png'))
+    assert cli.main(['visualize', '--like', path, '--out', str(tmp_path / 'again.png')]) == 2
+    assert 'cannot be repeated from here: schedule would differ' in capsys.readouterr().err
+    assert schedule == chains.Schedule()._asdict()
     for samples, code in (new, 2), (exact, 0):  # those at T = 1 are as they were
         del samples.settings['views'], samples.settings['schedule']
         path = samples.save(tmp_path / 'old.png')
         assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'again.png')]) == code
-    assert 'drawn by an older sampler, which is gone: draw it anew' in capsys.readouterr().err
+    assert 'before gallery pictures had random views: draw it anew' in capsys.readouterr().err
     assert read_metadata(tmp_path / 'again.png')['settings']['regime'] == 'exact'

@@ -32,8 +32,10 @@ import torch
 from timm.models import is_model
 from torch import nn
 
+from .chains import Schedule
 from .nodes import expand, resolve
 from .samples import read_metadata, write_atomically
+from .views import PHOTOGRAPHS, PLAIN
 from .visualize import (
     _describe,
     add_sampling_arguments,
@@ -109,11 +111,16 @@ def gallery(
 
 def _check_settings(net: nn.Module, settings: dict[str, Any]) -> None:
     """Refuses, before any node is tried, what every node would refuse."""
-    settled = 'reference', 'temperature', 'tilt', 'dtype', 'preset', 'n', 'steps', 'seed', 'frames'
-    settle(**{k: settings[k] for k in settled})
+    _settle(settings)
     sides = (settings['size'],) * 2 if isinstance(settings['size'], int) else settings['size']
     score = resolve(net, lambda images: images.flatten(1).sum(1), size=sides)
     make_reference(settings['reference'], net, score.in_chans, score.size, torch.device('cpu'))
+
+
+def _settle(settings: dict[str, Any]) -> tuple[float, float | None]:
+    """The temperature and the tilt that the keywords of `visualize` mean."""
+    settled = 'reference', 'temperature', 'tilt', 'dtype', 'preset', 'n', 'steps', 'seed', 'frames'
+    return settle(**{k: settings[k] for k in settled})[1:]
 
 
 def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: Any) -> list[str]:
@@ -137,6 +144,8 @@ def _request(net: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
         request['size'] = [request['size']] * 2
     if not isinstance(request['reference'], str):
         request['reference'] = request['reference'].settings()
+    if _settle(settings) != (1, 1):  # the gallery regime
+        request |= {'views': [PHOTOGRAPHS._asdict(), PLAIN._asdict()], 'schedule': Schedule()._asdict()}
     request['dtype'] = request['dtype'] and str(request['dtype']).removeprefix('torch.')
     return json.loads(json.dumps(request | {'weights': weights_digest(net)}))
 

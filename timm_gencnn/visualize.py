@@ -139,6 +139,7 @@ def visualize(
         'compile': compile,
         'regime': regime,
         'views': [v._asdict() for v in views] if views else None,
+        'schedule': chains.Schedule()._asdict() if views else None,
         'preset': preset,
         'notes': notes,
         'versions': _versions(),
@@ -543,7 +544,8 @@ def repeat_settings(path: str) -> dict[str, Any]:
     Raises:
         ValueError: Something that determines the pixels cannot be had by name.
     """
-    old = {'compile': False, 'preset': None, 'views': None} | read_metadata(path).get('settings', {})  # older pictures
+    older = {'compile': False, 'preset': None, 'views': None, 'schedule': None}  # what the first pictures do not say
+    old = older | read_metadata(path).get('settings', {})
     missing = [k for k in ('model', 'nodes', 'n', 'steps', 'reference', 'temperature', 'size', 'seed') if k not in old]
     if missing:
         raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
