@@ -543,3 +543,15 @@ def test_the_discriminative_rate_without_a_schedule():
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [group['lr'] for group in optimizer.param_groups]
+
+
+def test_each_pass_over_the_unlabeled_images_has_an_order_of_its_own():
+    """Every rank's share of a distributed sampler is drawn anew: its order is a function of the epoch."""
+    numbers = torch.arange(32)
+    data = torch.utils.data.TensorDataset(numbers, numbers)
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=1, seed=0)
+    stream = train_data.endless(torch.utils.data.DataLoader(data, batch_size=16, sampler=sampler), epoch=3)
+    for epoch in (3, 4, 5):
+        sampler_of_epoch = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=1, seed=0)
+        sampler_of_epoch.set_epoch(epoch)
+        assert next(stream).tolist() == list(sampler_of_epoch)

@@ -180,8 +180,10 @@ def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> N
         )
     if logits.device.type != 'cpu':
         return
-    if not soft and (target.min() < 0 or target.max() >= classes):
-        bad = target[(target < 0) | (target >= classes)][0].item()
-        raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
+    if not soft:
+        low, high = (int(t) for t in target.aminmax())
+        if low < 0 or high >= classes:
+            bad = low if low < 0 else high
+            raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
     if not torch.isfinite(logits).all():
         raise ValueError('logits contain NaN or infinity: lower the learning rate or clip the gradients')

@@ -251,7 +251,6 @@ class Trainer:
             begin = time.perf_counter()
             utils.random_seed(self.args.seed + epoch * self.args.world_size, self.args.rank)
             train_data.set_epoch(self.loader, epoch)
-            train_data.set_epoch(self.unlabeled, epoch)
             if self.mixup is not None and 0 < self.args.mixup_off_epoch <= epoch:
                 self._mixer().mixup_enabled = False
             train_metrics = self.train_one_epoch(epoch)
@@ -280,11 +279,10 @@ class Trainer:
         task.train()
         batches, accumulate = len(self.loader), args.grad_accum_steps
         check_every = 1 if self.device.type == 'cpu' else args.log_interval  # reading a loss stalls an accelerator
-        loss_sum = torch.zeros((), device=self.device)
-        first_bad = torch.full((), -1, device=self.device)
-        images_seen = 0
+        losses: list[torch.Tensor] = []  # since the last look
+        loss_sum, images_seen = 0.0, 0
         update = epoch * self.updates_per_epoch
-        more = train_data.endless(self.unlabeled) if self.unlabeled is not None else None
+        more = train_data.endless(self.unlabeled, epoch) if self.unlabeled is not None else None
         bar = tqdm(total=batches, desc=f'epoch {epoch}', leave=False, disable=None if self.primary else True)
         for i, (images, target) in enumerate(self.loader):
             if args.no_prefetcher:
@@ -304,12 +302,15 @@ class Trainer:
                     self._backward(loss / group, last_of_update)
             except ValueError as error:
                 raise ValueError(self._where(epoch, i, str(error))) from error
-            loss = loss.detach()
-            loss_sum += loss * len(images)
+            losses.append(loss.detach() * len(images))
             images_seen += len(images)
-            first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), i, first_bad)
-            if ((i + 1) % check_every == 0 or i + 1 == batches) and first_bad >= 0:
-                raise ValueError(self._where(epoch, int(first_bad), 'the loss is not finite: lower --lr'))
+            if len(losses) == check_every or i + 1 == batches:
+                values = torch.stack(losses).tolist()
+                if not math.isfinite(sum(values)):
+                    bad = i + 1 - len(values) + next(j for j, v in enumerate(values) if not math.isfinite(v))
+                    raise ValueError(self._where(epoch, bad, 'the loss is not finite: lower --lr'))
+                loss_sum += sum(values)
+                losses.clear()
             if last_of_update:
                 update += 1
                 task.update_ema(step=update)
@@ -321,8 +322,8 @@ class Trainer:
                 checkpoints.save_recovery(self.saver, epoch, i)
         bar.close()
         if args.distributed:
-            loss_sum = utils.reduce_tensor(loss_sum, args.world_size)
-        return {'loss': loss_sum.item() / images_seen}
+            loss_sum = utils.reduce_tensor(torch.tensor(loss_sum, device=self.device), args.world_size).item()
+        return {'loss': loss_sum / images_seen}
 
     def _backward(self, loss: torch.Tensor, update: bool) -> None:
         args = self.args

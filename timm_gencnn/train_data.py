@@ -126,7 +126,7 @@ def check_targets(target: torch.Tensor, num_classes: int) -> None:
     """
     if target.is_floating_point() or target.device.type != 'cpu':
         return
-    low, high = int(target.min()), int(target.max())
+    low, high = (int(t) for t in target.aminmax())
     if low < 0 or high >= num_classes:
         raise ValueError(f'label {high if high >= num_classes else low} is outside [0, {num_classes})')
 
@@ -261,11 +261,13 @@ def _loader_arguments(args: argparse.Namespace, config: dict[str, Any], device: 
     }
 
 
-def endless(loader: Any) -> Iterator[torch.Tensor]:
-    """Images of a loader, over and over."""
+def endless(loader: Any, epoch: int = 0) -> Iterator[torch.Tensor]:
+    """Images of a loader, over and over, each time in the order of the next epoch."""
     while True:
+        set_epoch(loader, epoch)
         for images, *_ in loader:
             yield images
+        epoch += 1
 
 
 def set_epoch(loader: Any | None, epoch: int) -> None:
