@@ -65,8 +65,8 @@ def ess(logits: Tensor) -> Tensor:
     Returns:
         1 / sum_j W_jy^2 per class [C], from 1 (one image carries the class) to n (all weights equal).
     """
-    logits = _at_least_float32(logits.detach())
-    return (2 * logits.logsumexp(0) - (2 * logits).logsumexp(0)).exp()
+    weights = _at_least_float32(logits.detach()).softmax(0)
+    return weights.square_().sum(0).reciprocal_()
 
 
 class GenerativeLoss(nn.Module):
@@ -139,13 +139,16 @@ class GenerativeLoss(nn.Module):
         else:
             weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
             log_z = log_z.detach() + weights - weights.detach()
+        log_ratio = logits - log_z
         self.log_z = log_z.detach()
 
         if target.is_floating_point():
-            loss = (target * (log_z - logits)).sum(1)
+            loss = -(target * log_ratio).sum(1)
         else:
-            target = target.long()
-            loss = log_z[target] - logits.gather(1, target[:, None])[:, 0]
+            try:
+                loss = -log_ratio.gather(1, target.long()[:, None])[:, 0]
+            except RuntimeError as error:
+                raise ValueError(_outside(target, logits.shape[1])) from error
 
         if self.reduction == 'none':
             return loss
@@ -180,10 +183,10 @@ def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> N
         )
     if logits.device.type != 'cpu':
         return
-    if not soft:
-        low, high = (int(t) for t in target.aminmax())
-        if low < 0 or high >= classes:
-            bad = low if low < 0 else high
-            raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
-    if not torch.isfinite(logits).all():
+    if not math.isfinite(logits.detach().sum(dtype=torch.float64)):
         raise ValueError('logits contain NaN or infinity: lower the learning rate or clip the gradients')
+
+
+def _outside(target: Tensor, classes: int) -> str:
+    bad = target[(target < 0) | (target >= classes)][0].item()
+    return f'target {bad} is outside [0, {classes}): the model has {classes} classes'

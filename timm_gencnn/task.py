@@ -143,12 +143,13 @@ class GenerativeTask(ClassificationTask):
 
         images = self.bridge(input) if self.bridge else input
         logits = self.trainable_module(images if unlabeled is None else torch.cat([images, unlabeled]))
-        output, pool = logits[: len(target)], logits[len(target) :]
+        n = len(target)
+        output, pool = (logits, None) if len(logits) == n else (logits[:n], logits[n:])
         if self.queue is not None:
-            pool = torch.cat([pool, self.queue])
+            pool = self.queue if pool is None else torch.cat([pool, self.queue])
         if self.running_log_z:
-            scores = torch.cat([output, pool]).detach()
-            self._update_log_z(log_mean_exp(scores, self.generative_loss.distributed))
+            scores = logits if self.queue is None else torch.cat([logits, self.queue])
+            self._update_log_z(log_mean_exp(scores.detach(), self.generative_loss.distributed))
         loss = self.generative_loss(output, target, pool, log_z=self.log_z if self.running_log_z else None)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)
