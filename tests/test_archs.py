@@ -9,14 +9,14 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import timm_gencnn  # noqa: F401  (registers the architectures)
-from timm_gencnn.archs import AlexNet, LeNet, ZFNet
+from timm_gencnn.archs import AlexNet, AlexNetSmall, LeNet, ZFNet
 
-NAMES = ['lenet', 'alexnet', 'zfnet']
+NAMES = ['lenet', 'alexnet', 'zfnet', 'alexnet_small']
 
 
 @pytest.mark.parametrize(
     ('name', 'parameters'),
-    [('lenet', 431_080), ('alexnet', 60_965_224), ('zfnet', 62_357_608)],
+    [('lenet', 431_080), ('alexnet', 60_965_224), ('zfnet', 62_357_608), ('alexnet_small', 1_553_284)],
 )
 def test_parameter_count_is_that_of_the_literature(name, parameters):
     model = timm.create_model(name, device='meta')
@@ -29,6 +29,7 @@ def test_parameter_count_is_that_of_the_literature(name, parameters):
         ('lenet', [20, 50, 50], [24, 8, 4]),  # examples/mnist/lenet_train_test.prototxt
         ('alexnet', [96, 256, 384, 384, 256, 256], [55, 27, 13, 13, 13, 6]),  # Krizhevsky et al., Figure 2
         ('zfnet', [96, 256, 384, 384, 256, 256], [110, 26, 13, 13, 13, 6]),  # Zeiler and Fergus, Figure 3
+        ('alexnet_small', [48, 128, 192, 192, 128, 128], [32, 16, 8, 8, 8, 4]),  # its own
     ],
 )
 def test_maps_are_those_of_the_literature(name, channels, sides):
@@ -39,10 +40,10 @@ def test_maps_are_those_of_the_literature(name, channels, sides):
     assert [m.shape[1:] for m in maps] == [(c, s, s) for c, s in zip(channels, sides, strict=True)]
 
 
-@pytest.mark.parametrize(('arch', 'smallest'), [(LeNet, 13), (AlexNet, 39), (ZFNet, 47)])
+@pytest.mark.parametrize(('arch', 'smallest'), [(LeNet, 13), (AlexNet, 39), (ZFNet, 47), (AlexNetSmall, 15)])
 def test_first_fully_connected_layer_fits_every_image_size(arch, smallest):
     for height in [*range(smallest, smallest + 30), 64]:
-        model = arch(img_size=(height, smallest + 3), num_classes=7, device='meta')
+        model = arch(img_size=(height, smallest + 3), num_classes=7, device='meta').eval()
         images = torch.empty(2, model.in_chans, height, smallest + 3, device='meta')
         assert model(images).shape == (2, 7)
     with pytest.raises(ValueError, match=f'img_size .*{smallest - 1}.* too small for {arch.__name__}'):
@@ -112,8 +113,11 @@ def test_layer_decay_groups_follow_the_depth(name):
     model = timm.create_model(name, img_size=64)
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
-    scales = [scale[id(p)] for key, p in model.named_parameters() if key.endswith('weight')]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    scales = [scale[id(m.weight)] for m in layers]
     assert scales == [0.5**depth for depth in reversed(range(len(scales)))]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [scale[id(m.weight)] for m in norms] == scales[: len(norms)]
 
 
 def test_lenet_has_caffes_layers_and_weights():
@@ -148,6 +152,17 @@ def test_imagenet_networks_have_their_groups_norms_dropout_and_weights(arch, gro
     assert values == {name: [1.0 if name in biases else 0.0] for name in values}
 
 
+def test_small_alexnet_has_its_groups_norms_and_weights():
+    torch.manual_seed(0)
+    model = AlexNetSmall()
+    assert [m.groups for m in model.modules() if isinstance(m, nn.Conv2d)] == [1, 2, 1, 2, 2]
+    assert [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [48, 128, 192, 192, 128]
+    for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
+        gain = 1 if layer is model.fc8 else 2
+        assert layer.weight.var().item() == pytest.approx(gain / layer.weight[0].numel(), rel=0.1)
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_compiles_without_graph_breaks(name):
     model = timm.create_model(name, img_size=64).eval()
@@ -157,27 +172,29 @@ def test_compiles_without_graph_breaks(name):
 
 
 @pytest.mark.parametrize(
-    ('name', 'width', 'parameters'), [('resnet10_w16', 16, 308_826), ('resnet10_w32', 32, 1_228_970)]
+    ('name', 'width', 'stride', 'parameters'),
+    [
+        ('resnet10_w16', 16, 1, 308_826),
+        ('resnet10_w32', 32, 1, 1_228_970),
+        ('resnet10_w16_s2', 16, 2, 308_826 + 90 * 129),
+        ('resnet10_w32_s2', 32, 2, 1_228_970 + 90 * 257),
+    ],
 )
-@pytest.mark.parametrize('stride', [1, 2])
-def test_small_resnets(name, width, parameters, stride):
-    model = timm.create_model(name, stem_stride=stride).eval()
+def test_small_resnets(name, width, stride, parameters):
+    model = timm.create_model(name).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     images = torch.randn(2, 3, 32 * stride, 32 * stride)
     sides = [32, 16, 8, 4]
     maps = model.forward_intermediates(images, intermediates_only=True)[-4:]
     assert [m.shape[1:] for m in maps] == [(width * 2**i, s, s) for i, s in enumerate(sides)]
-    net = timm.create_model(name, stem_stride=stride, features_only=True)
+    net = timm.create_model(name, features_only=True)
     assert [f.shape[-1] for f in net(images)] == sides
     assert net.feature_info.reduction() == [32 * stride // s for s in sides]
-    dilated = timm.create_model(name, stem_stride=stride, features_only=True, output_stride=4 * stride)
+    dilated = timm.create_model(name, features_only=True, output_stride=4 * stride)
     assert [f.shape[-1] for f in dilated(images)] == [32, 16, 8, 8]
     assert dilated.feature_info.reduction() == [stride, 2 * stride, 4 * stride, 4 * stride]
     cfg = model.pretrained_cfg
+    assert cfg['input_size'] == (3, 32 * stride, 32 * stride)
+    assert cfg['num_classes'] == model.num_classes
     assert model.get_submodule(cfg['first_conv']) is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     assert model.get_submodule(cfg['classifier']) is model.get_classifier()
-
-
-def test_small_resnets_refuse_other_strides():
-    with pytest.raises(ValueError, match='stem_stride is 4: give 1'):
-        timm.create_model('resnet10_w16', stem_stride=4)

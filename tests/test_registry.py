@@ -43,7 +43,7 @@ SMALLEST = [
     'swinv2_cr_tiny_224', 'tiny_vit_5m_224', 'tnt_s_legacy_patch16_224', 'tresnet_m', 'twins_svt_small', 'vgg11',
     'visformer_tiny', 'test_vit', 'vit_tiny_r_s16_p8_224', 'test_vit_relpos', 'samvit_base_patch16_224',
     'vitamin_small_224', 'volo_d1_224', 'ese_vovnet19b_slim_dw', 'legacy_xception', 'xception41p',
-    'xcit_nano_12_p8_224', 'lenet', 'alexnet', 'zfnet', 'resnet10_w16',
+    'xcit_nano_12_p8_224', 'lenet', 'alexnet', 'zfnet', 'alexnet_small', 'resnet10_w16',
 ]
 
 # of those, the ones small enough to run with real weights each time: convolutions, attention, hybrids, NHWC, two heads

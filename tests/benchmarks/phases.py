@@ -55,15 +55,14 @@ class Experiment:
     rows: dict[str, str] = field(default_factory=phases)
 
 
-RESNET = '-c resnet_cifar10 --model resnet10_w16 --epochs 4 --gen-epochs 2'
-IN100 = '--num-classes 100 --img-size 64 --model-kwargs stem_stride=2'
+RESNET = '-c resnet_cifar10 --epochs 4 --gen-epochs 2 --model resnet10_w16'
 FEW = '--val-split= --train-split train[{first}%:{last}%]'
 MNIST = Experiment('mnist', '-c lenet_mnist', ('cifar10', 'tiny_imagenet_100'), 0.3)
 CIFAR = Experiment('cifar10', RESNET, ('tiny_imagenet_100', 'mnist'), 0.05)
 EXPERIMENTS = {
     'mnist': MNIST,
     'cifar10': CIFAR,
-    'in100': Experiment('tiny_imagenet_100', f'{RESNET} {IN100} --val-split validation', ('cifar10', 'mnist'), 0.05),
+    'in100': Experiment('tiny_imagenet_100', f'{RESNET}_s2 --val-split validation', ('cifar10', 'mnist'), 0.05),
 }
 for share, epochs in ((1, 250), (10, 75)):  # shares of the labels; a seed has its own images
     few = f'{FEW} --epochs {epochs} --gen-epochs {epochs * 16 // 25}'

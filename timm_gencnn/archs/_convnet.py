@@ -27,6 +27,13 @@ def gaussian_(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> None:
         nn.init.constant_(layer.bias, bias)
 
 
+def he_(layer: nn.Conv2d | nn.Linear, last: bool) -> None:
+    """Fill a layer with Gaussian weights of variance 2 / fan_in, or 1 / fan_in where no ReLU follows; zero bias."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity='linear' if last else 'relu')
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 class ConvNet(nn.Module):
     """A chain of named convolutional layers, then fully connected layers `fc<first_fc>`, `fc<first_fc + 1>`, ...
 
@@ -106,7 +113,7 @@ class ConvNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the layer groups, by depth, for layer-wise learning rate decay."""
-        return {'stem': r'^conv1', 'convs': r'^conv(\d+)', 'fcs': r'^fc(\d+)'}
+        return {'stem': r'^(?:conv|bn)1\.', 'convs': r'^(?:conv|bn)(\d+)', 'fcs': r'^fc(\d+)'}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

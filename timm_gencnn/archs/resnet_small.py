@@ -1,6 +1,6 @@
 """A ResNet of ten layers for small images: a 3x3 convolution, then four stages of one basic block each, no pooling.
 
-At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with `stem_stride=2` 64x64 pixels cost the same.
+At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 pixels cost the same.
 
 Papers:
 * `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 
@@ -24,16 +25,9 @@ class SmallImageResNet(ByobNet):
         stem_stride: Stride of that convolution, 1 or 2.
         output_stride: Largest reduction; later strides become dilations.
         kwargs: Further arguments of ByobNet.
-
-    Raises:
-        ValueError: The stride is neither 1 nor 2.
     """
 
-    def __init__(
-        self, cfg: ByoModelCfg, *args: Any, stem_stride: int = 1, output_stride: int = 16, **kwargs: Any
-    ) -> None:
-        if stem_stride not in (1, 2):
-            raise ValueError(f'stem_stride is {stem_stride!r}: give 1 (images of 32 pixels) or 2 (of 64)')
+    def __init__(self, cfg: ByoModelCfg, stem_stride: int, output_stride: int = 16, **kwargs: Any) -> None:
         super().__init__(cfg, output_stride=min(32, output_stride * 2 // stem_stride), **kwargs)
         stem: Any = self.stem
         stem.conv.stride = (stem_stride, stem_stride)
@@ -41,7 +35,7 @@ class SmallImageResNet(ByobNet):
             info['reduction'] = info['reduction'] * stem_stride // 2
 
 
-def _cfg() -> dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'input_size': (3, 32, 32),
         'num_classes': 10,
@@ -52,19 +46,30 @@ def _cfg() -> dict[str, Any]:
         'std': (0.2470, 0.2435, 0.2616),
         'first_conv': 'stem.conv',
         'classifier': 'head.fc',
+        **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({'resnet10_w16': _cfg(), 'resnet10_w32': _cfg()})
+_S2 = {'input_size': (3, 64, 64), 'num_classes': 100, 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
+
+default_cfgs = generate_default_cfgs(
+    {
+        'resnet10_w16': _cfg(),
+        'resnet10_w32': _cfg(),
+        'resnet10_w16_s2': _cfg(**_S2),
+        'resnet10_w32_s2': _cfg(**_S2),
+    }
+)
 
 
-def _resnet10(variant: str, pretrained: bool, width: int, **kwargs: Any) -> SmallImageResNet:
+def _resnet10(variant: str, pretrained: bool, width: int, stem_stride: int, **kwargs: Any) -> SmallImageResNet:
     stages = tuple(ByoBlockCfg(type='basic', d=1, c=width * 2**i, s=min(i + 1, 2), gs=0) for i in range(4))
     return build_model_with_cfg(
         SmallImageResNet,
         variant,
         pretrained,
         model_cfg=ByoModelCfg(blocks=stages, stem_chs=width, stem_type='3x3', stem_pool=''),
+        stem_stride=stem_stride,
         feature_cfg={'flatten_sequential': True, 'out_indices': (0, 1, 2, 3)},
         **kwargs,
     )
@@ -73,10 +78,22 @@ def _resnet10(variant: str, pretrained: bool, width: int, **kwargs: Any) -> Smal
 @register_model
 def resnet10_w16(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Ten layers, 16 to 128 channels, for images of 32 pixels: 0.3 million parameters."""
-    return _resnet10('resnet10_w16', pretrained, 16, **kwargs)
+    return _resnet10('resnet10_w16', pretrained, 16, 1, **kwargs)
 
 
 @register_model
 def resnet10_w32(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Ten layers, 32 to 256 channels, for images of 32 pixels: 1.2 million parameters."""
-    return _resnet10('resnet10_w32', pretrained, 32, **kwargs)
+    return _resnet10('resnet10_w32', pretrained, 32, 1, **kwargs)
+
+
+@register_model
+def resnet10_w16_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """resnet10_w16 with a stem of stride 2, for images of 64 pixels."""
+    return _resnet10('resnet10_w16_s2', pretrained, 16, 2, **kwargs)
+
+
+@register_model
+def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """resnet10_w32 with a stem of stride 2, for images of 64 pixels."""
+    return _resnet10('resnet10_w32_s2', pretrained, 32, 2, **kwargs)
