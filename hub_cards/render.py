@@ -1,4 +1,6 @@
-"""Render the card of each checkpoint of the zoo, with a gallery of its classes: `python hub_cards/render.py`.
+"""Render the card of each checkpoint of the zoo, with pictures of its classes and of three inner layers.
+
+    python hub_cards/render.py [NAME ...]
 
 Each checkpoint gets a folder here with what goes to the Hub beside its weights. To see the weights and config.json as
 well, or to publish: `gencnn push NAME USER/REPO --nodes ... [--dry-run FOLDER]`.
@@ -18,13 +20,23 @@ from timm_gencnn import zoo
 from timm_gencnn.hub import write_folder
 
 HERE = Path(__file__).parent
+LAYERS = {
+    'lenet': ('conv1', 'conv2', 'fc1'),
+    'alexnet_small': ('conv2', 'conv4', 'fc6'),
+    'resnet10_w32': ('stages.0', 'stages.1', 'stages.2'),
+    'resnet10_w32_s2': ('stages.0', 'stages.1', 'stages.2'),
+}
+UNITS, PER_UNIT = 8, 4
 
 
 def render(name: str, namespace: str, n: int, steps: int) -> Path:
     """Write the card of the checkpoint `name` ('<arch>.<tag>') and its pictures, and return their folder."""
     record = zoo.read(name, zoo.FOLDER)
     model = timm.create_model(f'gencnn_{name}', pretrained=True).eval()
-    samples = timm_gencnn.visualize(model, range(min(model.num_classes, 20)), n=n, steps=steps, seed=0)
+    gallery = [timm_gencnn.visualize(model, range(min(model.num_classes, 20)), n=n, steps=steps, seed=0)]
+    for layer in LAYERS[record['architecture']]:
+        units = [f'{layer}:{i}' for i in range(UNITS)]
+        gallery.append(timm_gencnn.visualize(model, units, n=PER_UNIT, steps=steps, seed=0))
     target = HERE / name
     shutil.rmtree(target, ignore_errors=True)
     with TemporaryDirectory() as temporary:
@@ -33,7 +45,7 @@ def render(name: str, namespace: str, n: int, steps: int) -> Path:
             model,
             folder,
             f'{namespace}/gencnn_{name}',
-            gallery=[samples],
+            gallery=gallery,
             results=record['results'],
             recipe=record['recipe'],
             license='apache-2.0',

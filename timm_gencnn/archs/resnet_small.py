@@ -1,6 +1,6 @@
 """A ResNet of ten layers for small images: a 3x3 convolution, then four stages of one basic block each, no pooling.
 
-At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 pixels cost the same.
+At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 cost the same.
 
 Papers:
 * `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
