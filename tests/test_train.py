@@ -318,16 +318,21 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def test_parquet_files_give_the_same_run_as_folders(images, tmp_path, monkeypatch):
-    """`hfds/FOLDER`, one of timm's ways to name a data set."""
+    """`hfds/FOLDER`, one of timm's ways to name a data set, for unlabeled images as well."""
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
-    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(CLASSES)})
+    features = datasets.Features({'img': datasets.Image(), 'label': datasets.ClassLabel(CLASSES)})
     for split in ('train', 'validation'):
         paths = sorted((images / split).glob('*/*.png'), key=lambda p: (p.parent.name, natural_key(p.name)))
         labels = [int(path.parent.name[-1]) for path in paths]
-        columns = {'image': [str(path) for path in paths], 'label': labels}
+        columns = {'img': [str(path) for path in paths], 'label': labels}
         datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f'data/{split}-00000-of-00001.parquet')
     states = []
-    for more in ([], ['--dataset', f'hfds/{tmp_path}/data']):
+    parquet = f'hfds/{tmp_path}/data'
+    for more in (
+        ['--unlabeled-data-dir', str(images)],
+        ['--dataset', parquet, '--unlabeled-dataset', parquet, '--input-key', 'img'],
+    ):
+        more += ['--unlabeled-split', 'validation', '--unlabeled-batch-size', '5']
         assert cli.main(flags(images, tmp_path, '--epochs', '2', *more)) == 0
         states.append(weights(tmp_path / 'run/last.pth.tar'))
     assert same(*states)

@@ -176,6 +176,8 @@ def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: t
         args.unlabeled_split,
         config['input_size'][0],
         input_img_mode=args.input_img_mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
     )
     return _train_loader(dataset, args.unlabeled_batch_size or args.batch_size, args, config, device)
 

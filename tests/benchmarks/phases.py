@@ -3,7 +3,7 @@
     python tests/benchmarks/phases.py mnist --seeds 5 [--data FOLDER]     # the paper's Table 1; 4 minutes a run
     python tests/benchmarks/phases.py cifar10 --seeds 3 [--data FOLDER]
     python tests/benchmarks/phases.py in100 --seeds 3 --data FOLDER
-    python tests/benchmarks/phases.py mnist-1% --seeds 3 [--data FOLDER]  # few labels; also mnist-10%
+    python tests/benchmarks/phases.py mnist-1% --seeds 3 [--data FOLDER]  # few labels; also mnist-10%, cifar10-10%, ...
     python tests/benchmarks/phases.py mnist --print
 
 A run is one `gencnn train`; the weights of its last epoch are then measured on the test images: error, NLL, calibration
@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,12 @@ SPLIT = {'mnist': 'test', 'cifar10': 'test', 'tiny_imagenet_100': 'validation'}
 COLUMNS = ('error', 'nll', 'ece', 'noise_error', 'auroc_1', 'auroc_2')
 
 
-def phases(pool: str = '') -> dict[str, str]:
+def phases(few_labels: bool = False) -> dict[str, str]:
     """Rows of a table: their names, and the flags of `gencnn train`."""
-    if pool:
-        return {'DG': '--phase DG', 'GG+DG': '--phase GG+DG'} | {
-            f'{phase}, pool': f'--phase {phase} --unlabeled-dataset {{dataset}} {pool}' for phase in ('GG', 'GG+DG')
-        }
-    return {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')} | {'hybrid': '--phase GG --hybrid 0.5'}
+    rows = {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')}
+    if few_labels:
+        return rows | {f'{phase}, pool': f'{rows[phase]} --unlabeled-dataset {{dataset}}' for phase in ('GG', 'GG+DG')}
+    return rows | {'hybrid': '--phase GG --hybrid 0.5'}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Experiment:
 
 
 RESNET = '-c resnet_cifar10 --weight-decay 5e-4 --smoothing 0 --epochs 4 --gen-epochs 2 --model resnet10_w16'
-FEW = '--val-split= --train-split train[{first}%:{last}%]'
+FEW = '-b 64 --val-split= --train-split train[{{first}}%:{{last}}%] --epochs {} --gen-epochs {}'
 MNIST = Experiment('mnist', '-c lenet_mnist', ('cifar10', 'tiny_imagenet_100'), 0.3)
 CIFAR = Experiment('cifar10', RESNET, ('tiny_imagenet_100', 'mnist'), 0.05)
 EXPERIMENTS = {
@@ -64,9 +63,11 @@ EXPERIMENTS = {
     'cifar10': CIFAR,
     'in100': Experiment('tiny_imagenet_100', f'{RESNET}_s2 --val-split validation', ('cifar10', 'mnist'), 0.05),
 }
-for share, epochs in ((1, 250), (10, 75)):  # shares of the labels; a seed has its own images
-    few = f'{FEW} --epochs {epochs} --gen-epochs {epochs * 16 // 25}'
-    EXPERIMENTS[f'mnist-{share}%'] = Experiment('mnist', f'-c lenet_mnist {few}', MNIST.others, 0.3, phases('-b 64'))
+for base, share, epochs, gen_epochs in (  # shares of the labels; a seed has its own images
+    (MNIST, 1, 250, 160), (MNIST, 10, 75, 48), (CIFAR, 1, 200, 100), (CIFAR, 10, 30, 15),
+):  # fmt: skip
+    few = replace(base, flags=f'{base.flags} {FEW.format(epochs, gen_epochs)}', rows=phases(few_labels=True))
+    EXPERIMENTS[f'{base.data}-{share}%'] = few
 
 
 def image_column(dataset: str) -> str:
