@@ -54,7 +54,7 @@ class Experiment:
     rows: dict[str, str] = field(default_factory=phases)
 
 
-RESNET = '-c resnet_cifar10 --weight-decay 5e-4 --smoothing 0 --epochs 4 --gen-epochs 2 --model resnet10_w16'
+RESNET = '-c resnet_cifar10 --epochs 4 --gen-epochs 2 --model resnet10_w16'
 FEW = '-b 64 --val-split= --train-split train[{{first}}%:{{last}}%] --epochs {} --gen-epochs {}'
 MNIST = Experiment('mnist', '-c lenet_mnist', ('cifar10', 'tiny_imagenet_100'), 0.3)
 CIFAR = Experiment('cifar10', RESNET, ('tiny_imagenet_100', 'mnist'), 0.05)
