@@ -3,7 +3,7 @@
     python tests/benchmarks/phases.py mnist --seeds 5 [--data FOLDER]     # the paper's Table 1; 4 minutes a run
     python tests/benchmarks/phases.py cifar10 --seeds 3 [--data FOLDER]
     python tests/benchmarks/phases.py in100 --seeds 3 --data FOLDER
-    python tests/benchmarks/phases.py mnist-1% --seeds 3 [--data FOLDER]  # few labels; also mnist-10%, cifar10-10%, ...
+    python tests/benchmarks/phases.py mnist-1% --seeds 3 [--data FOLDER]  # few labels; mnist-1%-batch, mnist-10%, ...
     python tests/benchmarks/phases.py mnist --print
 
 A run is one `gencnn train`; the weights of its last epoch are then measured on the test images: error, NLL, calibration
@@ -45,12 +45,13 @@ def phases(few_labels: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A data set, the flags of its runs, two data sets that are not it, the noise, and the rows of the table."""
+    """A data set, the flags of its runs, two other data sets, the noise, the share of labels in %, and the rows."""
 
     data: str
     flags: str
     others: tuple[str, str]
     noise: float
+    share: int = 100
     rows: dict[str, str] = field(default_factory=phases)
 
 
@@ -66,8 +67,10 @@ EXPERIMENTS = {
 for base, share, epochs, gen_epochs in (  # shares of the labels; a seed has its own images
     (MNIST, 1, 250, 160), (MNIST, 10, 75, 48), (CIFAR, 1, 200, 100), (CIFAR, 10, 30, 15),
 ):  # fmt: skip
-    few = replace(base, flags=f'{base.flags} {FEW.format(epochs, gen_epochs)}', rows=phases(few_labels=True))
-    EXPERIMENTS[f'{base.data}-{share}%'] = few
+    few = f'{base.flags} {FEW.format(epochs, gen_epochs)}'
+    EXPERIMENTS[f'{base.data}-{share}%'] = replace(base, flags=few, share=share, rows=phases(few_labels=True))
+BATCHES = {f'{phase}, batch {b}': f'--phase {phase} -b {b}' for phase in ('DG', 'GG', 'GG+DG') for b in (16, 256)}
+EXPERIMENTS['mnist-1%-batch'] = replace(EXPERIMENTS['mnist-1%'], rows=BATCHES)
 
 
 def image_column(dataset: str) -> str:
@@ -147,7 +150,7 @@ def main() -> None:
         name, output = f'{row}_{seed}', Path(args.output, args.experiment)
         if name in results:
             continue
-        share = int(args.experiment.partition('-')[2].rstrip('%') or 0)
+        share = experiment.share
         values = {'dataset': where(experiment.data), 'first': share * seed, 'last': share * (seed + 1)}
         flags = f'{experiment.flags} {experiment.rows[row]} --seed {seed}'
         train(flags.format(**values), where(experiment.data), output, name)
