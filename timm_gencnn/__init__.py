@@ -12,7 +12,7 @@ from .samples import Samples
 from .task import GenerativeTask
 from .visualize import visualize
 
-__version__ = '0.1.0.dev0'
+__version__ = '0.1.0'
 __all__ = [
     'GenerativeLoss',
     'GenerativeMixin',
