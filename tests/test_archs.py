@@ -161,6 +161,11 @@ def test_small_alexnet_has_its_groups_norms_and_weights():
         gain = 1 if layer is model.fc8 else 2
         assert layer.weight.var().item() == pytest.approx(gain / layer.weight[0].numel(), rel=0.1)
         assert not layer.bias.any()
+    model.bn1.weight.data.fill_(5)
+    model.bn1.running_mean.fill_(5)
+    model.init_weights()
+    assert model.bn1.weight.unique() == 1
+    assert not model.bn1.running_mean.any()
 
 
 @pytest.mark.parametrize('name', NAMES)

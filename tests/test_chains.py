@@ -94,6 +94,14 @@ def test_gallery_passes_its_schedule_to_the_kernel():
     assert set(persistence) == {0.65}
 
 
+def test_gallery_says_the_tilt_that_its_last_transition_had():
+    """With nine gradients the schedule does not come to its end."""
+    state, streams = begin(linear, 2)
+    trace = chains.sample_gallery(linear, state, streams, 9, temperature=0.01, tilt=7.0)
+    assert trace.tilt.tolist() == pytest.approx([7 * chains.Schedule().tilt(5 / 9)] * 2)
+    assert trace.tilt[0] < 7
+
+
 def test_divergences_are_summed_over_the_kept_draws():
     cliff = lambda z: torch.where(linear(z) < 3, linear(z), torch.nan)  # noqa: E731
     streams = hmc.Streams(0, range(4))

@@ -338,6 +338,18 @@ def test_parquet_files_give_the_same_run_as_folders(images, tmp_path, monkeypatc
     assert same(*states)
 
 
+def test_no_data_set_is_a_clear_error():
+    with pytest.raises(ValueError, match=r'no data set was named, .*give --dataset'):
+        train_data.open_dataset('', None, 'train', 3)
+
+
+def test_columns_of_the_labeled_images_are_not_asked_of_an_unlabeled_folder(images, tmp_path):
+    args = parse(flags(images, tmp_path, '--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation'))
+    args.dataset, args.input_key, args.target_key = 'hfds/somewhere', 'img', 'fine_label'
+    config = {'input_size': (1, 8, 8), 'mean': (0.5,), 'std': (0.5,), 'interpolation': 'bilinear'}
+    assert len(train_data.unlabeled_loader(prepared(args), config, torch.device('cpu')))
+
+
 def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
     unlabeled = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation', '--unlabeled-batch-size', '5']
     losses = []
@@ -550,13 +562,16 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [group['lr'] for group in optimizer.param_groups]
 
 
-def test_each_pass_over_the_unlabeled_images_has_an_order_of_its_own():
-    """Every rank's share of a distributed sampler is drawn anew: its order is a function of the epoch."""
+def test_every_pass_over_the_unlabeled_images_has_an_order_of_its_own():
+    """Other than in any other epoch, and than the labeled images': the same images would be a rank's own batch."""
     numbers = torch.arange(32)
     data = torch.utils.data.TensorDataset(numbers, numbers)
     sampler = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=1, seed=0)
-    stream = train_data.endless(torch.utils.data.DataLoader(data, batch_size=16, sampler=sampler), epoch=3)
-    for epoch in (3, 4, 5):
-        sampler_of_epoch = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=1, seed=0)
-        sampler_of_epoch.set_epoch(epoch)
-        assert next(stream).tolist() == list(sampler_of_epoch)
+    loader = torch.utils.data.DataLoader(data, batch_size=16, sampler=sampler)
+    orders = []
+    for epoch in range(3):
+        train_data.set_epoch(loader, epoch)
+        orders.append(tuple(sampler))
+        unlabeled = train_data.endless(loader, epoch)
+        orders += [tuple(next(unlabeled).tolist()) for _ in range(3)]
+    assert len(set(orders)) == 12

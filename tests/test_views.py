@@ -234,7 +234,7 @@ def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
     new.settings['schedule'], schedule = other, new.settings['schedule']
     path = str(new.save(tmp_path / 'other.png'))
     assert cli.main(['visualize', '--like', path, '--out', str(tmp_path / 'again.png')]) == 2
-    assert 'cannot be repeated from here: schedule would differ' in capsys.readouterr().err
+    assert 'drawn by another schedule: draw it anew' in capsys.readouterr().err
     assert schedule == chains.Schedule()._asdict()
     for samples, code in (new, 2), (exact, 0):  # those at T = 1 are as they were
         del samples.settings['views'], samples.settings['schedule']

@@ -8,6 +8,7 @@ from timm.data import resolve_data_config
 
 import timm_gencnn  # noqa: F401  (registers the checkpoints)
 from timm_gencnn import zoo
+from timm_gencnn.chains import Schedule
 from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import noisy, validate
 from timm_gencnn.visualize import repeat_settings, weights_digest
@@ -29,6 +30,7 @@ def test_shipped_pictures_were_drawn_from_the_shipped_weights(path):
     name = settings['model'].rsplit('/')[-1]
     assert name.removeprefix('gencnn_') in zoo.names()
     assert settings['weights'] == weights_digest(timm.create_model(name, pretrained=True))
+    assert settings['schedule'] == Schedule()._asdict()
 
 
 def test_every_checkpoint_has_a_card_with_pictures():

@@ -268,7 +268,7 @@ def sample_gallery(
         if report:
             report(first + n_leapfrog, state, None)
     none = torch.full_like(rms, math.nan)
-    return Trace(state.z, torch.stack(scores), none, eps, final, none, refused, steps)
+    return Trace(state.z, torch.stack(scores), none, eps, now, none, refused, steps)
 
 
 def _rms(grad: Tensor) -> Tensor:

@@ -145,10 +145,7 @@ class GenerativeLoss(nn.Module):
         if target.is_floating_point():
             loss = -(target * log_ratio).sum(1)
         else:
-            try:
-                loss = -log_ratio.gather(1, target.long()[:, None])[:, 0]
-            except RuntimeError as error:
-                raise ValueError(_outside(target, logits.shape[1])) from error
+            loss = -log_ratio.gather(1, target.long()[:, None])[:, 0]
 
         if self.reduction == 'none':
             return loss
@@ -183,10 +180,10 @@ def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> N
         )
     if logits.device.type != 'cpu':
         return
+    if not soft:
+        low, high = (int(t) for t in target.aminmax())
+        if low < 0 or high >= classes:
+            bad = low if low < 0 else high
+            raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
     if not math.isfinite(logits.detach().sum(dtype=torch.float64)):
         raise ValueError('logits contain NaN or infinity: lower the learning rate or clip the gradients')
-
-
-def _outside(target: Tensor, classes: int) -> str:
-    bad = target[(target < 0) | (target >= classes)][0].item()
-    return f'target {bad} is outside [0, {classes}): the model has {classes} classes'

@@ -58,7 +58,8 @@ class Samples:
         diagnostics: `score`, `acceptance`, `tilt`, `step_size`, `energy_error` and `divergences` per image; `r_hat` and
             `ess` (bulk, of the score) of the worst node, `gradients` per chain and `seconds`. NaN is what the gallery
             regime does not have: acceptance, energy error, R-hat and ESS.
-        trace: Score of every kept draw [draws, N]; in the gallery regime of every step, and of the random view it saw.
+        trace: Score of every kept draw [draws, N]; in the gallery regime of every transition, and of the random view at
+            its end.
         frames: Images of the run at regular intervals [F, N, 3, H, W], if they were asked for.
     """
 

@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--dataset-download', **switch, help='allow torch/ and tfds/ data sets to be downloaded')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     add('--input-img-mode', metavar='MODE', help="image mode; default 'L' for one channel, else 'RGB'")
-    add('--input-key', metavar='KEY', help='column of the images, unlabeled ones too')
+    add('--input-key', metavar='KEY', help='column of the images, of unlabeled ones from the same source too')
     add('--target-key', metavar='KEY', help='column of the labels')
     add('--cache-images', **switch, help='keep decoded images in memory (with --workers 0)')
 

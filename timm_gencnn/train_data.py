@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
     Raises:
         ValueError: The data set, folder or split does not exist or holds no image.
     """
+    if not name and root is None:
+        raise ValueError(f'no data set was named, split {split!r}: give --dataset, or --data-dir for a folder')
     kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
     try:
         return create_dataset(name, root=root, split=split, **kwargs)
@@ -170,14 +173,15 @@ def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: t
     """Loader of the unlabeled images, or None."""
     if args.unlabeled_dataset is None and args.unlabeled_data_dir is None:
         return None
+    alike = (args.unlabeled_dataset or '').partition('/')[0] == args.dataset.partition('/')[0]
+    keys = {'input_key': args.input_key, 'target_key': args.target_key} if alike else {}
     dataset = open_dataset(
         args.unlabeled_dataset or '',
         args.unlabeled_data_dir,
         args.unlabeled_split,
         config['input_size'][0],
         input_img_mode=args.input_img_mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
+        **keys,
     )
     return _train_loader(dataset, args.unlabeled_batch_size or args.batch_size, args, config, device)
 
@@ -264,12 +268,11 @@ def _loader_arguments(args: argparse.Namespace, config: dict[str, Any], device: 
 
 
 def endless(loader: Any, epoch: int = 0) -> Iterator[torch.Tensor]:
-    """Images of a loader, over and over, each time in the order of the next epoch."""
-    while True:
-        set_epoch(loader, epoch)
+    """Images of a loader, over and over, each time in an order that no other epoch and no labeled images have."""
+    for turn in count((epoch + 1) << 16):
+        set_epoch(loader, turn)
         for images, *_ in loader:
             yield images
-        epoch += 1
 
 
 def set_epoch(loader: Any | None, epoch: int) -> None:

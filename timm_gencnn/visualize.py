@@ -551,6 +551,8 @@ def repeat_settings(path: str) -> dict[str, Any]:
         raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
     if old.get('regime') == 'gallery' and old['views'] is None:
         raise ValueError(f'{path!r} is from before gallery pictures had random views: draw it anew, without --like')
+    if old.get('regime') == 'gallery' and old['schedule'] != chains.Schedule()._asdict():
+        raise ValueError(f'{path!r} was drawn by another schedule: draw it anew, without --like')
     if old['reference'] not in ('natural', 'white'):
         raise ValueError(f'{path!r} was drawn with a reference of its own, {old["reference"]!r}: repeat it from Python')
     return old

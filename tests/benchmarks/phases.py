@@ -1,15 +1,15 @@
 """Does generative pre-training help? One network trained DG, GG, GG+DG and hybrid, over several seeds.
 
-    python tests/benchmarks/phases.py mnist --seeds 5 [--data FOLDER]     # the paper's Table 1; 4 minutes a run
-    python tests/benchmarks/phases.py cifar10 --seeds 3 [--data FOLDER]
+    python tests/benchmarks/phases.py mnist --seeds 5 --data FOLDER     # the paper's Table 1; 4 minutes a run
+    python tests/benchmarks/phases.py cifar10 --seeds 3 --data FOLDER
     python tests/benchmarks/phases.py in100 --seeds 3 --data FOLDER
-    python tests/benchmarks/phases.py mnist-1% --seeds 3 [--data FOLDER]  # few labels; mnist-1%-batch, mnist-10%, ...
+    python tests/benchmarks/phases.py mnist-1% --seeds 3 --data FOLDER  # few labels; also mnist-10%, ...
     python tests/benchmarks/phases.py mnist --print
 
 A run is one `gencnn train`; the weights of its last epoch are then measured on the test images: error, NLL, calibration
 error, error under Gaussian noise, AUROC of the largest logit against two other data sets (2000 images each). All goes
 into tests/benchmarks/results: runs that are there are not repeated, one that was cut short goes on where it stopped.
-`--data` is a folder that holds the data sets as mnist, cifar10, tiny_imagenet_100; without it they come from the Hub.
+FOLDER holds the data sets as mnist, cifar10, tiny_imagenet_100, each with columns `image` and `label`.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import auroc, noisy, scores, validate
 
 RESULTS = Path(__file__).parent / 'results'
-HUB = {'mnist': 'ylecun/mnist', 'cifar10': 'uoft-cs/cifar10'}
 SPLIT = {'mnist': 'test', 'cifar10': 'test', 'tiny_imagenet_100': 'validation'}
 COLUMNS = ('error', 'nll', 'ece', 'noise_error', 'auroc_1', 'auroc_2')
 
@@ -69,17 +68,13 @@ for base, share, epochs, gen_epochs in (  # shares of the labels; a seed has its
 ):  # fmt: skip
     few = f'{base.flags} {FEW.format(epochs, gen_epochs)}'
     EXPERIMENTS[f'{base.data}-{share}%'] = replace(base, flags=few, share=share, rows=phases(few_labels=True))
-BATCHES = {f'{phase}, batch {b}': f'--phase {phase} -b {b}' for phase in ('DG', 'GG', 'GG+DG') for b in (16, 256)}
-EXPERIMENTS['mnist-1%-batch'] = replace(EXPERIMENTS['mnist-1%'], rows=BATCHES)
-
-
-def image_column(dataset: str) -> str:
-    return 'img' if dataset.endswith('uoft-cs/cifar10') else 'image'
+SMALL = {phase: f'--phase {phase} -b 16' for phase in ('DG', 'GG', 'GG+DG')}  # four times the updates
+EXPERIMENTS['mnist-1%-batch16'] = replace(EXPERIMENTS['mnist-1%'], rows=SMALL)
 
 
 def train(flags: str, dataset: str, output: Path, name: str) -> None:
     """One run of `gencnn train`, from where it stands."""
-    where = ['--dataset', dataset, '--input-key', image_column(dataset), '--output', str(output), '--experiment', name]
+    where = ['--dataset', dataset, '--output', str(output), '--experiment', name]
     if cli.main(['train', *flags.split(), *where, '--resume', 'auto']):
         raise SystemExit(f'{name} failed')
 
@@ -93,8 +88,7 @@ def measure(run: Path, experiment: Experiment, where: Any) -> dict[str, float]:
     config = resolve_data_config(vars(args), model=model)
 
     def loader(name: str, images: str = '') -> Any:
-        split, key = SPLIT[name] + images, image_column(where(name))
-        return plain_loader(open_dataset(where(name), None, split, config['input_size'][0], input_key=key), config)
+        return plain_loader(open_dataset(where(name), None, SPLIT[name] + images, config['input_size'][0]), config)
 
     test = list(loader(experiment.data))
     clean, noise = (validate(model, noisy(test, s, config['std'])) for s in (0.0, experiment.noise))
@@ -133,15 +127,17 @@ def main() -> None:
     parser.add_argument('experiment', choices=EXPERIMENTS)
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--rows', nargs='+', help='only these rows of the table')
-    parser.add_argument('--data', help='folder with the data sets')
+    parser.add_argument('--data', metavar='FOLDER', help='where the data sets are')
     parser.add_argument('--output', default='output/phases')
     parser.add_argument('--print', action='store_true', help='only print what is there')
     args = parser.parse_args()
+    if not args.print and args.data is None:
+        parser.error('give --data FOLDER, or --print')
     torch.set_num_threads(1)
     experiment = EXPERIMENTS[args.experiment]
 
     def where(name: str) -> str:
-        return f'hfds/{Path(args.data, name)}' if args.data else f'hfds/{HUB[name]}'
+        return f'hfds/{Path(args.data, name)}'
 
     file = RESULTS / f'{args.experiment}.json'
     results: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}

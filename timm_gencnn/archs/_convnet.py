@@ -142,6 +142,8 @@ class ConvNet(nn.Module):
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 self._init_layer(name, layer)
+            elif isinstance(layer, nn.BatchNorm2d):
+                layer.reset_parameters()
 
     def _init_layer(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
         raise NotImplementedError

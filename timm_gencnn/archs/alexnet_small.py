@@ -1,8 +1,8 @@
 """AlexNet's plan at a fortieth of its size, for images of 64 pixels.
 
 Five convolutions of 5x5 and 3x3, three of them in two groups, overlapping max pooling, three fully connected layers
-with dropout, as in the original. Batch normalisation stands for local response normalisation and He's initialisation
-for fixed Gaussians, without which a network of this plan learns next to nothing in the first epochs.
+with dropout, as in the original. Batch normalisation stands for local response normalisation, He's initialisation for
+fixed Gaussians.
 
 Papers:
 * `ImageNet Classification with Deep Convolutional Neural Networks`, Krizhevsky, Sutskever, Hinton, NIPS 2012
