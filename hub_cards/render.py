@@ -1,4 +1,4 @@
-"""Render the card of each checkpoint of the zoo, with pictures of its classes and of three inner layers.
+"""Render the card of each checkpoint of the zoo, with pictures of its first 20 classes and of three inner layers.
 
     python hub_cards/render.py [NAME ...]
 
@@ -24,7 +24,7 @@ LAYERS = {
     'lenet': ('conv1', 'conv2', 'fc1'),
     'alexnet_small': ('conv2', 'conv4', 'fc6'),
     'resnet10_w32': ('stages.0', 'stages.1', 'stages.2'),
-    'resnet10_w32_s2': ('stages.0', 'stages.1', 'stages.2'),
+    'resnet10_w32_s2': ('stages.0.0.act', 'stages.1.0.act', 'stages.2.0.act'),  # stages.2:0 is dead on the reference
 }
 UNITS, PER_UNIT = 8, 4
 
@@ -38,7 +38,6 @@ def render(name: str, namespace: str, n: int, steps: int) -> Path:
         units = [f'{layer}:{i}' for i in range(UNITS)]
         gallery.append(timm_gencnn.visualize(model, units, n=PER_UNIT, steps=steps, seed=0))
     target = HERE / name
-    shutil.rmtree(target, ignore_errors=True)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, 'folder')
         write_folder(
@@ -50,6 +49,7 @@ def render(name: str, namespace: str, n: int, steps: int) -> Path:
             recipe=record['recipe'],
             license='apache-2.0',
         )
+        shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         for path in ('README.md', 'results.json', 'images'):
             if (folder / path).exists():

@@ -43,7 +43,8 @@ def command(run: argparse.Namespace, dataset: str) -> str:
     if timm.models.get_pretrained_cfg(run.model).num_classes == run.num_classes:
         flags.pop('num_classes', None)
     flags |= {'phase': run.phase, 'seed': run.seed}
-    words = [f'gencnn train -c {run.config} --dataset hfds/{dataset}']
+    where = dataset if '/' in dataset else f'FOLDER/{dataset}'  # not on the Hub
+    words = [f'gencnn train -c {run.config} --dataset hfds/{where}']
     words += ['--input-key img'] if dataset == 'uoft-cs/cifar10' else []  # the name of the column on the Hub
     words += ['--' + k.replace('_', '-') + ('' if v is True else f' {v}') for k, v in flags.items()]
     if run.model_kwargs:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('tag')
     parser.add_argument('--folder', default=zoo.FOLDER)
-    parser.add_argument('--dataset', required=True, help="Hub id of the data set, for the card: 'ylecun/mnist'")
+    parser.add_argument('--dataset', required=True, help="Hub id of the data set, for the card: 'ylecun/mnist'; or its name")
     parser.add_argument('--seconds', type=float, help='how long the training took')
     parser.add_argument('--hardware', default='one CPU core', help='what it was trained on')
     parser.add_argument('--note', help='what a reader of the test error must know')
