@@ -11,6 +11,11 @@ r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges t
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_resnet10_w32.gg_dg_cifar10 --n 5 \
         --judges output/train/judge_cifar/last.pth.tar
 
+    gencnn train -c alexnet_in100 --dataset hfds/FOLDER/tiny_imagenet_100 --seed 0 --experiment alexnet
+    gencnn train -c resnet_in100 --dataset hfds/FOLDER/tiny_imagenet_100 --seed 0 --experiment resnet
+    python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_resnet10_w32_s2.gg_dg_in100 --n 2 \
+        --judges output/train/alexnet/last.pth.tar  # and the other way round
+
 For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score beside
 that of test images of the same classes (a score has no zero of its own), the share of saturated pixels, and for each
 judge the share of pictures that it names as the asked class, and the variety: the mean distance of the judge's features
