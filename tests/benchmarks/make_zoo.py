@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('tag')
     parser.add_argument('--folder', default=zoo.FOLDER)
-    parser.add_argument('--dataset', required=True, help="Hub id of the data set, for the card: 'ylecun/mnist'; or its name")
+    parser.add_argument('--dataset', required=True, help="Hub id of the data set: 'ylecun/mnist'; else its name")
     parser.add_argument('--seconds', type=float, help='how long the training took')
     parser.add_argument('--hardware', default='one CPU core', help='what it was trained on')
     parser.add_argument('--note', help='what a reader of the test error must know')
