@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[2] / 'shared/data'
 
 
 ROOT = Path(__file__).parents[1]
-PICTURES = [ROOT / f'.github/images/{name}.png' for name in ('digits', 'cifar10')]
+PICTURES = [ROOT / f'.github/images/{name}.png' for name in ('digits', 'cifar10', 'in100')]
 PICTURES += sorted(ROOT.glob('hub_cards/*/images/*.png'))
 
 
