@@ -139,13 +139,13 @@ class GenerativeLoss(nn.Module):
         else:
             weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
             log_z = log_z.detach() + weights - weights.detach()
-        log_ratio = logits - log_z
         self.log_z = log_z.detach()
 
         if target.is_floating_point():
-            loss = -(target * log_ratio).sum(1)
+            loss = (target * (log_z - logits)).sum(1)
         else:
-            loss = -log_ratio.gather(1, target.long()[:, None])[:, 0]
+            target = target.long()
+            loss = log_z[target] - logits.gather(1, target[:, None])[:, 0]
 
         if self.reduction == 'none':
             return loss
