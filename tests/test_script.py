@@ -1,5 +1,6 @@
 """`gencnn train --script` on a small script that is built like timm's train.py: what it trains, validates and saves."""
 
+import argparse
 import csv
 import os
 import runpy
@@ -199,6 +200,7 @@ def test_phase_dg_is_the_plain_script(script, images, tmp_path, monkeypatch):
     assert timm.data.create_loader.__module__.startswith('timm.')
     assert timm.scheduler.create_scheduler_v2.__module__.startswith('timm.')
     assert timm.task.TrainingTask.__init__.__module__.startswith('timm.')
+    assert argparse.ArgumentParser.parse_args.__module__ == 'argparse'
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,10 @@ def test_the_switch_and_its_rate(script, images, tmp_path):
     assert run(script, images, tmp_path / 'run', *FULL) == 0
     assert [row['train_phase'] for row in rows(tmp_path / 'run')] == ['True', 'True', 'False', 'False']
     assert [float(row['lr']) for row in rows(tmp_path / 'run')] == pytest.approx([0.02, 0.02, 0.004, 0.004])
-    assert load(tmp_path / 'run')['task_state']['switch_step'] == 14  # 56 images in batches of 8
+    checkpoint = load(tmp_path / 'run')
+    assert checkpoint['task_state']['switch_step'] == 14  # 56 images in batches of 8
+    args = vars(checkpoint['args'])  # the script's flags and the generative ones
+    assert (args['epochs'], args['gen_epochs'], args['disc_lr'], args['phase']) == (4, 2.0, 0.004, 'GG+DG')
 
 
 @pytest.mark.parametrize('switch', [2, 6])
@@ -291,7 +296,7 @@ def test_two_ranks(script, images, tmp_path):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     arguments = (port, script, images, tmp_path / 'run')
-    mp.start_processes(run_rank, args=arguments, nprocs=2, start_method='fork', join=True)
+    mp.start_processes(run_rank, args=arguments, nprocs=2, start_method='spawn', join=True)
     state = load(tmp_path / 'run')
     assert state['task_state']['class_counts'].sum() == 16  # the first batch of both ranks
     assert [row['train_phase'] for row in rows(tmp_path / 'run')] == ['True', 'True', 'False', 'False']

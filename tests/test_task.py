@@ -392,7 +392,7 @@ def whole_batch(world: int, case: str) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize('world', [1, 2, 4])
 def test_ranks_give_the_gradient_of_one_big_batch(tmp_path, world):
-    mp.start_processes(run_rank, args=(world, str(tmp_path)), nprocs=world, start_method='fork')
+    mp.start_processes(run_rank, args=(world, str(tmp_path)), nprocs=world, start_method='spawn')
     for (case, mode), got in torch.load(tmp_path / 'results.pt').items():
         task = make(phase='GG', running_log_z=mode == 'running')
         parts = rank_batches(world, case)

@@ -242,7 +242,7 @@ def test_a_label_out_of_range_is_named(images, tmp_path, capsys, monkeypatch):
     for phase in ('GG', 'DG'):
         error = failure(capsys, flags(images, tmp_path, '--num-classes', '2', '--phase', phase))
         assert 'epoch 0, batch 0' in error
-        assert 'label 2 is outside [0, 2)' in error
+        assert 'target 2 is outside [0, 2)' in error
 
 
 def test_a_class_without_images_and_batches_of_one_class_train(images, tmp_path):

@@ -89,7 +89,7 @@ def test_validate_counts():
     assert result['top5'] == 100
     assert result['images'] == 50
     assert result['nll'] == pytest.approx(nn.functional.cross_entropy(logits, target).item())
-    with pytest.raises(ValueError, match=r'label 3 is outside \[0, 3\)'):
+    with pytest.raises(ValueError, match=r'target 3 is outside \[0, 3\)'):
         validate(model, [(x, target + 1)])
 
 

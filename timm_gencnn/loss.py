@@ -163,6 +163,20 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def check_targets(target: Tensor, classes: int) -> None:
+    """Refuse class indices outside [0, classes). On an accelerator it does nothing, so as not to stall it.
+
+    Raises:
+        ValueError: A target is out of range.
+    """
+    if target.is_floating_point() or target.device.type != 'cpu':
+        return
+    low, high = (int(t) for t in target.aminmax())
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
+
+
 def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> None:
     if logits.ndim != 2:
         raise ValueError(f'logits must be [n, C], not {list(logits.shape)}')
@@ -180,10 +194,6 @@ def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> N
         )
     if logits.device.type != 'cpu':
         return
-    if not soft:
-        low, high = (int(t) for t in target.aminmax())
-        if low < 0 or high >= classes:
-            bad = low if low < 0 else high
-            raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
+    check_targets(target, classes)
     if not math.isfinite(logits.detach().sum(dtype=torch.float64)):
         raise ValueError('logits contain NaN or infinity: lower the learning rate or clip the gradients')

@@ -60,6 +60,7 @@ def run(argv: list[str]) -> None:
             (timm.data, 'create_loader', session.create_loader),
             (timm.data, 'create_naflex_loader', session.create_naflex_loader),
             (timm.scheduler, 'create_scheduler_v2', session.create_scheduler),
+            (argparse.ArgumentParser, 'parse_args', _with_flags(args)),
             (sys, 'argv', [path, *rest]),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -188,11 +189,17 @@ def _generative_only(task: Any, *args: Any, **kwargs: Any) -> None:
     _initialize(task, *args, **kwargs)
 
 
+def _with_flags(flags: argparse.Namespace) -> Any:
+    """A parse_args that also returns these flags, so that the script's args.yaml and checkpoints have them."""
+    return lambda *args, **kwargs: argparse.Namespace(**vars(flags) | vars(_parse_args(*args, **kwargs)))
+
+
 def _has_unlabeled(args: argparse.Namespace) -> bool:
     return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
 
 
 _initialize = timm.task.TrainingTask.__init__
+_parse_args = argparse.ArgumentParser.parse_args
 _create_loader = timm.data.create_loader
 _create_naflex_loader = timm.data.create_naflex_loader
 _create_scheduler = timm.scheduler.create_scheduler_v2

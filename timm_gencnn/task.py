@@ -176,9 +176,11 @@ class GenerativeTask(ClassificationTask):
         """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records."""
         ess_ = ess(logits)
         self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, self._rate)
-        classes = logits.shape[1]
-        counts = target.sum(0) if target.is_floating_point() else torch.bincount(target, minlength=classes)
-        self._new_counts = counts.float() if self._new_counts is None else self._new_counts + counts
+        counts = ess_.new_zeros(logits.shape[1]) if self._new_counts is None else self._new_counts
+        if target.is_floating_point():
+            self._new_counts = counts + target.sum(0)
+        else:
+            self._new_counts = counts.scatter_add(0, target.long(), counts.new_ones(len(target)))
         if self.queue_size:
             past = logits if self.queue is None else torch.cat([logits, self.queue])
             self.queue = past[: self.queue_size]

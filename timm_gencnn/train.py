@@ -26,6 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, script, train_data
+from .loss import check_targets
 from .reference import natural_for
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
@@ -279,7 +280,8 @@ class Trainer:
         task.train()
         batches, accumulate = len(self.loader), args.grad_accum_steps
         check_every = 1 if self.device.type == 'cpu' else args.log_interval  # reading a loss stalls an accelerator
-        losses: list[torch.Tensor] = []  # since the last look
+        losses: list[torch.Tensor] = []  # since the last look, and how many images each is the mean of
+        sizes: list[int] = []
         loss_sum, images_seen = 0.0, 0
         update = epoch * self.updates_per_epoch
         more = train_data.endless(self.unlabeled, epoch) if self.unlabeled is not None else None
@@ -295,22 +297,25 @@ class Trainer:
             last_of_update = (i + 1) % accumulate == 0 or i + 1 == batches
             group = accumulate if i < batches - batches % accumulate else batches % accumulate
             try:
-                train_data.check_targets(target, args.num_classes)
+                if not task.generative:  # the generative loss looks for itself
+                    check_targets(target, args.num_classes)
                 with nullcontext() if last_of_update else task.no_sync():
                     with self.autocast:
                         loss = task(images, target, **extra)['loss']
-                    self._backward(loss / group, last_of_update)
+                    self._backward(loss if group == 1 else loss / group, last_of_update)
             except ValueError as error:
                 raise ValueError(self._where(epoch, i, str(error))) from error
-            losses.append(loss.detach() * len(images))
-            images_seen += len(images)
+            losses.append(loss.detach())
+            sizes.append(len(images))
             if len(losses) == check_every or i + 1 == batches:
                 values = torch.stack(losses).tolist()
                 if not math.isfinite(sum(values)):
                     bad = i + 1 - len(values) + next(j for j, v in enumerate(values) if not math.isfinite(v))
                     raise ValueError(self._where(epoch, bad, 'the loss is not finite: lower --lr'))
-                loss_sum += sum(values)
+                loss_sum += sum(value * size for value, size in zip(values, sizes, strict=True))
+                images_seen += sum(sizes)
                 losses.clear()
+                sizes.clear()
             if last_of_update:
                 update += 1
                 task.update_ema(step=update)
@@ -358,7 +363,7 @@ class Trainer:
             images, target = images.to(self.device), target.to(self.device)
             if self.args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            train_data.check_targets(target, self.args.num_classes)
+            check_targets(target, self.args.num_classes)
             with self.autocast:
                 output = model(images)
             evaluator.update(output, target)

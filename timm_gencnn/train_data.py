@@ -121,19 +121,6 @@ def check_classes(dataset: Any, num_classes: int) -> None:
         raise ValueError(f'the data set has {classes} classes, the model {num_classes}: set --num-classes {classes}')
 
 
-def check_targets(target: torch.Tensor, num_classes: int) -> None:
-    """Refuse class indices outside [0, num_classes). On an accelerator it does nothing, so as not to stall it.
-
-    Raises:
-        ValueError: A label is out of range.
-    """
-    if target.is_floating_point() or target.device.type != 'cpu':
-        return
-    low, high = (int(t) for t in target.aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f'label {high if high >= num_classes else low} is outside [0, {num_classes})')
-
-
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """The mixup or cutmix that the flags ask for, or None."""
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):

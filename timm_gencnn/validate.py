@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .generative import as_generative
+from .loss import check_targets
 from .reference import per_channel
 from .train_args import LoadConfig
-from .train_data import check_classes, check_targets, open_dataset, plain_loader
+from .train_data import check_classes, open_dataset, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
 
