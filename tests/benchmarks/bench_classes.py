@@ -5,7 +5,7 @@ r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges t
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.vis_mnist gencnn_lenet.dg_mnist \
         --judges output/train/judge_resnet/last.pth.tar output/train/judge_dg/last.pth.tar
 
-    gencnn train -c resnet_cifar10 --model test_resnet --num-classes 10 --input-size 3 64 64 --crop-pct 1 \
+    gencnn train -c resnet_short --model test_resnet --num-classes 10 --input-size 3 64 64 --crop-pct 1 \
         --mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 --phase DG --epochs 5 --seed 7 \
         --dataset hfds/FOLDER/cifar10 --experiment judge_cifar
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_resnet10_w32.gg_dg_cifar10 --n 5 \

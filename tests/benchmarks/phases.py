@@ -54,14 +54,18 @@ class Experiment:
     rows: dict[str, str] = field(default_factory=phases)
 
 
-RESNET = '-c resnet_cifar10 --epochs 4 --gen-epochs 2 --model resnet10_w16'
 FEW = '-b 64 --val-split= --train-split train[{{first}}%:{{last}}%] --epochs {} --gen-epochs {}'
 MNIST = Experiment('mnist', '-c lenet_mnist', ('cifar10', 'tiny_imagenet_100'), 0.3)
-CIFAR = Experiment('cifar10', RESNET, ('tiny_imagenet_100', 'mnist'), 0.05)
+CIFAR = Experiment('cifar10', '-c resnet_short', ('tiny_imagenet_100', 'mnist'), 0.05)
 EXPERIMENTS = {
     'mnist': MNIST,
     'cifar10': CIFAR,
-    'in100': Experiment('tiny_imagenet_100', f'{RESNET}_s2 --val-split validation', ('cifar10', 'mnist'), 0.05),
+    'in100': Experiment(
+        'tiny_imagenet_100',
+        '-c resnet_short --model resnet10_w16_s2 --val-split validation',
+        ('cifar10', 'mnist'),
+        0.05,
+    ),
 }
 for base, share, epochs, gen_epochs in (  # shares of the labels; a seed has its own images
     (MNIST, 1, 250, 160), (MNIST, 10, 75, 48), (CIFAR, 1, 200, 100), (CIFAR, 10, 30, 15),

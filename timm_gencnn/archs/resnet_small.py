@@ -1,6 +1,8 @@
-"""A ResNet of ten layers for small images: a 3x3 convolution, then four stages of one basic block each, no pooling.
+"""ResNets for small images: a 3x3 convolution, then stages of one basic block each, no pooling.
 
 At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 cost the same.
+`resnet10` has four stages, the first at full resolution. `resnet8` leaves that one out and is twice as wide: on a CPU
+it learns more in the same time.
 
 Papers:
 * `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
@@ -56,23 +58,31 @@ default_cfgs = generate_default_cfgs(
     {
         'resnet10_w16': _cfg(),
         'resnet10_w32': _cfg(),
+        'resnet8_w64': _cfg(),
         'resnet10_w16_s2': _cfg(**_S2),
         'resnet10_w32_s2': _cfg(**_S2),
     }
 )
 
 
-def _resnet10(variant: str, pretrained: bool, width: int, stem_stride: int, **kwargs: Any) -> SmallImageResNet:
-    stages = tuple(ByoBlockCfg(type='basic', d=1, c=width * 2**i, s=min(i + 1, 2), gs=0) for i in range(4))
+def _resnet(
+    variant: str, pretrained: bool, widths: tuple[int, ...], strides: tuple[int, ...], stem_stride: int, **kwargs: Any
+) -> SmallImageResNet:
+    blocks = tuple(ByoBlockCfg(type='basic', d=1, c=c, s=s, gs=0) for c, s in zip(widths, strides, strict=True))
     return build_model_with_cfg(
         SmallImageResNet,
         variant,
         pretrained,
-        model_cfg=ByoModelCfg(blocks=stages, stem_chs=width, stem_type='3x3', stem_pool=''),
+        model_cfg=ByoModelCfg(blocks=blocks, stem_chs=widths[0] // strides[0], stem_type='3x3', stem_pool=''),
         stem_stride=stem_stride,
         feature_cfg={'flatten_sequential': True, 'out_indices': (0, 1, 2, 3)},
         **kwargs,
     )
+
+
+def _resnet10(variant: str, pretrained: bool, width: int, stem_stride: int, **kwargs: Any) -> SmallImageResNet:
+    widths = (width, width * 2, width * 4, width * 8)
+    return _resnet(variant, pretrained, widths, (1, 2, 2, 2), stem_stride, **kwargs)
 
 
 @register_model
@@ -97,3 +107,9 @@ def resnet10_w16_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet
 def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """resnet10_w32 with a stem of stride 2, for images of 64 pixels."""
     return _resnet10('resnet10_w32_s2', pretrained, 32, 2, **kwargs)
+
+
+@register_model
+def resnet8_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """Eight layers, 32 to 256 channels, for images of 32 pixels: 1.2 million parameters."""
+    return _resnet('resnet8_w64', pretrained, (64, 128, 256), (2, 2, 2), 1, **kwargs)
