@@ -13,13 +13,15 @@ import types
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import timm.utils.summary
 import torch
 import torch.multiprocessing as mp
 import yaml
-from pictures import draw_bars
+from pictures import SIZE, draw_bars
+from PIL import Image
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
@@ -419,6 +421,24 @@ def test_cached_images_give_the_same_run(augment, images, tmp_path):
         assert cli.main(flags(images, tmp_path, '--epochs', '2', *augment, *more)) == 0
         states.append(weights(tmp_path / 'run/last.pth.tar'))
     assert same(*states)
+
+
+@pytest.mark.parametrize('cache', [[], ['--cache-images']])
+def test_crops_of_the_padded_image(cache, images, tmp_path):
+    """Every view is the whole image moved by at most three pixels, the rest reflected. Control: timm's are not."""
+    padded = np.pad(np.asarray(Image.open(images / 'train/class0/0.png')), 3, mode='reflect')
+    allowed = [padded[y : y + SIZE, x : x + SIZE] for y in range(7) for x in range(7)]
+    for mode in ('pad', 'rrc'):
+        argv = flags(images, tmp_path, '--train-crop-mode', mode, '--hflip', '0', '--color-jitter', '0', *cache)
+        args = parse(argv)
+        args.distributed = False
+        config = {'input_size': (1, SIZE, SIZE), 'interpolation': 'bilinear', 'mean': (0.0,), 'std': (1.0,)}
+        dataset = train_data.train_loader(args, config, torch.device('cpu'), None).dataset
+        torch.manual_seed(0)
+        views = [np.asarray(dataset[0][0])[0] for _ in range(200)]
+        seen = {i for view in views for i, crop in enumerate(allowed) if np.array_equal(view, crop)}
+        unlike = sum(not any(np.array_equal(view, crop) for crop in allowed) for view in views)
+        assert (len(seen) > 40 and unlike == 0) if mode == 'pad' else unlike > 190
 
 
 def test_a_stream_of_images_cannot_be_cached():

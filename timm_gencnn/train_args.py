@@ -183,7 +183,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('augmentation and regularisation').add_argument
     add('--no-aug', **switch, help='no augmentation at all')
-    add('--train-crop-mode', metavar='MODE')
+    add(
+        '--train-crop-mode',
+        choices=['rrc', 'rkrc', 'rkrr', 'pad'],
+        help="timm's, or a random place of the whole image padded by an eighth, usual for CIFAR (default: rrc)",
+    )
     add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='X')
     add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X')
     add('--hflip', type=float, default=0.5, metavar='P')

@@ -1,13 +1,15 @@
 """Data sets and loaders of `gencnn train` and `gencnn validate`: timm's own, and an in-memory cache."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms import Compose, RandomCrop
 
 
 class CachedImages(Dataset):
@@ -187,7 +189,7 @@ def _train_loader(
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
+        train_crop_mode=None if args.train_crop_mode == 'pad' else args.train_crop_mode,
         scale=args.scale,
         ratio=args.ratio,
         hflip=args.hflip,
@@ -204,9 +206,21 @@ def _train_loader(
         **_loader_arguments(args, config, device),
         **kwargs,
     )
+    if args.train_crop_mode == 'pad' and not args.no_aug:
+        _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:])
     if len(loader) == 0:
         raise ValueError(f'{len(dataset)} training images do not fill one batch of {batch_size}: lower --batch-size')
     return loader
+
+
+def _shift_instead_of_zoom(transform: Any, size: Sequence[int]) -> None:
+    """Put a crop at a random place of the whole image, padded by an eighth, in place of timm's random resized crop.
+
+    Small images suffer from being resampled: the network is tested on sharper ones than it learned from.
+    """
+    resize = ResizeKeepRatio(size, interpolation='bilinear')  # leaves images of this size as they are
+    padding = [max(size) // 8]
+    transform.transforms[0] = Compose([resize, RandomCrop(size, padding=padding, padding_mode='reflect')])
 
 
 def eval_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.device) -> Any | None:
