@@ -8,6 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 _REDUCTIONS = ('mean', 'sum', 'none')
@@ -134,18 +135,23 @@ class GenerativeLoss(nn.Module):
         _check(logits, target, pool, least=1 if self.distributed and dist.get_world_size() > 1 else 2)
         logits = _at_least_float32(logits)
         images = logits if pool is None else torch.cat([logits, pool.to(logits.dtype)])
-        if log_z is None:
-            log_z = log_mean_exp(images, self.distributed)
+        if log_z is None and not self.distributed:
+            log_ratio = F.log_softmax(images, 0) + math.log(len(images))
+            self.log_z = (images[0] - log_ratio[0]).detach()
         else:
-            weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
-            log_z = log_z.detach() + weights - weights.detach()
-        self.log_z = log_z.detach()
+            if log_z is None:
+                log_z = log_mean_exp(images, self.distributed)
+            else:
+                weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
+                log_z = log_z.detach() + weights - weights.detach()
+            log_ratio = images - log_z
+            self.log_z = log_z.detach()
+        log_ratio = log_ratio[: len(logits)]
 
         if target.is_floating_point():
-            loss = (target * (log_z - logits)).sum(1)
+            loss = -(target * log_ratio).sum(1)
         else:
-            target = target.long()
-            loss = log_z[target] - logits.gather(1, target[:, None])[:, 0]
+            loss = F.nll_loss(log_ratio, target.long(), reduction='none')
 
         if self.reduction == 'none':
             return loss

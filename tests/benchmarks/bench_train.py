@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from timm.data import create_dataset, create_loader
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
 from timm_gencnn import train
@@ -161,7 +162,7 @@ def _bare_epoch(folder: str, device: torch.device) -> Callable[[], None]:
     )  # fmt: skip
     model = timm.create_model('lenet').to(device)
     task = ClassificationTask(model, device=device, verbose=False)
-    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+    optimizer = create_optimizer_v2(model, 'sgd', 0.001, 2e-5, 0.9)  # as the flags of `gencnn train` above
 
     def epoch() -> None:
         task.train()
