@@ -179,7 +179,7 @@ def test_compiles_without_graph_breaks(name):
 @pytest.mark.parametrize(
     ('name', 'width', 'stride', 'parameters'),
     [
-        ('resnet8_w64', 32, 1, 1_210_410),  # the width of the first convolution
+        ('resnet8_w32', 32, 1, 1_210_410),
         ('resnet10_w16', 16, 1, 308_826),
         ('resnet10_w32', 32, 1, 1_228_970),
         ('resnet10_w16_s2', 16, 2, 308_826 + 90 * 129),

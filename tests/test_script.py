@@ -51,6 +51,7 @@ parser.add_argument('--grad-accum-steps', type=int, default=1)
 parser.add_argument('--sizes', type=int, nargs='+')
 parser.add_argument('--task', default='classification')
 parser.add_argument('--schedule-first', action='store_true')
+parser.set_defaults(hybrid=0.7)  # as timm's --config does with an args.yaml of another run
 args = parser.parse_args()
 args.device = 'cpu'
 device = utils.init_distributed_device(args)
@@ -230,6 +231,7 @@ def test_the_switch_and_its_rate(script, images, tmp_path):
     assert checkpoint['task_state']['switch_step'] == 14  # 56 images in batches of 8
     args = vars(checkpoint['args'])  # the script's flags and the generative ones
     assert (args['epochs'], args['gen_epochs'], args['disc_lr'], args['phase']) == (4, 2.0, 0.004, 'GG+DG')
+    assert args['hybrid'] == 0  # what was trained
 
 
 @pytest.mark.parametrize('switch', [2, 6])

@@ -296,6 +296,17 @@ def test_state_of_another_task_is_refused():
     make().load_task_state(None)  # a plain checkpoint starts a fresh generative phase
 
 
+def test_a_run_goes_on_in_its_own_phase_only():
+    for before, after, name in (('GG', 'DG', 'generative'), ('DG', 'GG', 'discriminative')):
+        task = make(phase=before)
+        train(task, 2)
+        with pytest.raises(ValueError, match=f'in its {name} phase, where phase {after} cannot go on'):
+            make(phase=after).load_task_state(task.get_task_state())
+        both = make(phase='GG+DG', gen_steps=9)
+        both.load_task_state(task.get_task_state())
+        assert both.generative == (before == 'GG')
+
+
 def test_ema_is_calibrated_saved_and_folded_at_the_switch():
     task = make(gen_steps=4)
     task.setup_ema(decay=0.5)

@@ -143,6 +143,14 @@ def test_a_truncated_last_checkpoint_falls_back(images, straight, tmp_path, capl
     assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
 
 
+def test_the_newest_recovery_checkpoint_is_found(straight, tmp_path):
+    for batch in (3, 5, 10):
+        shutil.copy(straight / 'checkpoint-2.pth.tar', tmp_path / f'recovery-2-{batch}.pth.tar')
+        assert checkpoints.find_checkpoint(tmp_path).name == f'recovery-2-{batch}.pth.tar'
+    shutil.copy(straight / 'checkpoint-2.pth.tar', tmp_path)
+    assert checkpoints.find_checkpoint(tmp_path).name == 'checkpoint-2.pth.tar'
+
+
 def test_resume_auto_starts_afresh_where_there_is_nothing(images, tmp_path):
     assert cli.main(flags(images, tmp_path, '--epochs', '1', '--resume', 'auto')) == 0
     assert (tmp_path / 'run/last.pth.tar').exists()
@@ -241,8 +249,9 @@ def test_gg_dg_must_know_when_to_switch(capsys):
 
 def test_a_label_out_of_range_is_named(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.train_data, 'check_classes', lambda *_: None)
-    for phase in ('GG', 'DG'):
-        error = failure(capsys, flags(images, tmp_path, '--num-classes', '2', '--phase', phase))
+    switching = ['--gen-epochs', '0']  # the first batch starts as one for the generative loss
+    for phase in (['--phase', 'GG'], ['--phase', 'DG'], switching):
+        error = failure(capsys, flags(images, tmp_path, '--num-classes', '2', *phase))
         assert 'epoch 0, batch 0' in error
         assert 'target 2 is outside [0, 2)' in error
 
@@ -433,12 +442,15 @@ def test_crops_of_the_padded_image(cache, images, tmp_path):
         args = parse(argv)
         args.distributed = False
         config = {'input_size': (1, SIZE, SIZE), 'interpolation': 'bilinear', 'mean': (0.0,), 'std': (1.0,)}
-        dataset = train_data.train_loader(args, config, torch.device('cpu'), None).dataset
+        cpu = torch.device('cpu')
+        dataset = train_data.train_loader(args, config, cpu, None).dataset
         torch.manual_seed(0)
         views = [np.asarray(dataset[0][0])[0] for _ in range(200)]
         seen = {i for view in views for i, crop in enumerate(allowed) if np.array_equal(view, crop)}
         unlike = sum(not any(np.array_equal(view, crop) for crop in allowed) for view in views)
         assert (len(seen) > 40 and unlike == 0) if mode == 'pad' else unlike > 190
+        config |= {'input_size': (1, 16, 40)}  # images are resized to cover it first
+        assert train_data.train_loader(args, config, cpu, None).dataset[0][0].shape == (1, 16, 40)
 
 
 def test_a_stream_of_images_cannot_be_cached():

@@ -18,7 +18,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     Recovery checkpoints come before those of the epochs before theirs, since they hold more of the run. A file that
     was cut short is passed over with a warning.
     """
-    newest, path_of_newest = (-1, False), None
+    newest, path_of_newest = (-1, False, 0), None
     for path in sorted(folder.glob('*.pth.tar')):
         if path.name.startswith('tmp') or path.name.startswith('recovery_tmp'):
             continue
@@ -27,7 +27,9 @@ def find_checkpoint(folder: Path) -> Path | None:
         except Exception as error:  # whatever unpickling a damaged file raises
             _logger.warning(f'{path} cannot be read ({type(error).__name__}), looking for an earlier one')
             continue
-        age = (epoch, not path.name.startswith('recovery'))
+        whole = not path.name.startswith('recovery')
+        batch = 0 if whole else int(path.name.partition('.')[0].rpartition('-')[2])  # recovery-EPOCH-BATCH.pth.tar
+        age = (epoch, whole, batch)
         if age > newest:
             newest, path_of_newest = age, path
     return path_of_newest

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _REDUCTIONS = ('mean', 'sum', 'none')
+_NO_CLASS = torch.iinfo(torch.int64).min  # torch would leave out targets of -100
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -136,22 +137,22 @@ class GenerativeLoss(nn.Module):
         logits = _at_least_float32(logits)
         images = logits if pool is None else torch.cat([logits, pool.to(logits.dtype)])
         if log_z is None and not self.distributed:
-            log_ratio = F.log_softmax(images, 0) + math.log(len(images))
-            self.log_z = (images[0] - log_ratio[0]).detach()
+            log_weights, log_n = F.log_softmax(images, 0), math.log(len(images))
+            self.log_z = (images[0] - log_weights[0]).detach() - log_n
         else:
             if log_z is None:
                 log_z = log_mean_exp(images, self.distributed)
             else:
                 weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
                 log_z = log_z.detach() + weights - weights.detach()
-            log_ratio = images - log_z
+            log_weights, log_n = images - log_z, 0.0  # of n times the weights
             self.log_z = log_z.detach()
-        log_ratio = log_ratio[: len(logits)]
+        log_weights = log_weights[: len(logits)]
 
         if target.is_floating_point():
-            loss = -(target * log_ratio).sum(1)
+            loss = -(target * log_weights).sum(1) - target.sum(1) * log_n
         else:
-            loss = F.nll_loss(log_ratio, target.long(), reduction='none')
+            loss = F.nll_loss(log_weights, target.long(), reduction='none', ignore_index=_NO_CLASS) - log_n
 
         if self.reduction == 'none':
             return loss

@@ -190,8 +190,14 @@ def _generative_only(task: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _with_flags(flags: argparse.Namespace) -> Any:
-    """A parse_args that also returns these flags, so that the script's args.yaml and checkpoints have them."""
-    return lambda *args, **kwargs: argparse.Namespace(**vars(flags) | vars(_parse_args(*args, **kwargs)))
+    """A parse_args that adds these flags, so that the script's args.yaml and checkpoints record them."""
+
+    def parse_args(*args: Any, **kwargs: Any) -> Any:
+        namespace = _parse_args(*args, **kwargs)
+        vars(namespace).update(vars(flags))
+        return namespace
+
+    return parse_args
 
 
 def _has_unlabeled(args: argparse.Namespace) -> bool:

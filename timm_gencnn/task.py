@@ -310,7 +310,8 @@ class GenerativeTask(ClassificationTask):
         """Restore what get_task_state returned, after the weights.
 
         Raises:
-            ValueError: If strict and the state is not that of a GenerativeTask.
+            ValueError: If strict and the state is not that of a GenerativeTask; or it is that of the other phase than
+                the only one that this task knows.
         """
         state = state or {}
         if not ema:
@@ -319,6 +320,12 @@ class GenerativeTask(ClassificationTask):
                 if strict and state:
                     raise ValueError(f'the checkpoint was not written by a GenerativeTask: it lacks {missing}')
                 return
+            if self.phase == ('DG' if state['generative'] else 'GG'):
+                before = 'generative' if state['generative'] else 'discriminative'
+                raise ValueError(
+                    f'the checkpoint is in its {before} phase, where phase {self.phase} cannot go on: resume with the '
+                    'phase that it was trained in, or start from its weights (--initial-checkpoint)'
+                )
             for name in _STATE:
                 value = state[name]
                 setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)

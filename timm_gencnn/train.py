@@ -297,8 +297,7 @@ class Trainer:
             last_of_update = (i + 1) % accumulate == 0 or i + 1 == batches
             group = accumulate if i < batches - batches % accumulate else batches % accumulate
             try:
-                if not task.generative:  # the generative loss looks for itself
-                    check_targets(target, args.num_classes)
+                check_targets(target, args.num_classes)
                 with nullcontext() if last_of_update else task.no_sync():
                     with self.autocast:
                         loss = task(images, target, **extra)['loss']

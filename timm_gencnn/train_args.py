@@ -186,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--train-crop-mode',
         choices=['rrc', 'rkrc', 'rkrr', 'pad'],
-        help="timm's, or a random place of the whole image padded by an eighth, usual for CIFAR (default: rrc)",
+        help="timm's, or pad: a random place of the whole image padded by an eighth, whatever --scale and --ratio say",
     )
     add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='X')
     add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X')

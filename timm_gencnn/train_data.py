@@ -207,19 +207,19 @@ def _train_loader(
         **kwargs,
     )
     if args.train_crop_mode == 'pad' and not args.no_aug:
-        _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:])
+        _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:], args.train_interpolation)
     if len(loader) == 0:
         raise ValueError(f'{len(dataset)} training images do not fill one batch of {batch_size}: lower --batch-size')
     return loader
 
 
-def _shift_instead_of_zoom(transform: Any, size: Sequence[int]) -> None:
+def _shift_instead_of_zoom(transform: Any, size: Sequence[int], interpolation: str) -> None:
     """Put a crop at a random place of the whole image, padded by an eighth, in place of timm's random resized crop.
 
     Small images suffer from being resampled: the network is tested on sharper ones than it learned from.
     """
-    resize = ResizeKeepRatio(size, interpolation='bilinear')  # leaves images of this size as they are
-    padding = [max(size) // 8]
+    resize = ResizeKeepRatio(size, interpolation=interpolation)  # leaves images of this size as they are
+    padding = [size[1] // 8, size[0] // 8]
     transform.transforms[0] = Compose([resize, RandomCrop(size, padding=padding, padding_mode='reflect')])
 
 

@@ -47,12 +47,15 @@ class Counter(nn.Module):
         self.forwards = self.gradients = 0
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.network(images if torch.compiler.is_compiling() else self.count(images))
+
+    def count(self, images: Tensor) -> Tensor:
         self.forwards += 1
         if images.requires_grad:
-            images.register_hook(self._count)
-        return self.network(images)
+            images.register_hook(self._came_back)
+        return images
 
-    def _count(self, grad: Tensor) -> None:
+    def _came_back(self, grad: Tensor) -> None:
         self.gradients += 1
 
 
@@ -100,9 +103,10 @@ def raw_channels_last(s: Setting) -> None:
 def _ours(s: Setting, sample: Callable[..., object], view: Callable[[Tensor], Tensor], compiled: bool) -> None:
     score, streams = _score(s.model, s.size), hmc.Streams(0, range(s.chains), s.device)
     q = natural_for(s.model.pretrained_cfg, 3, (s.size, s.size), s.device)
+    seen = s.model.count if compiled else lambda images: images  # a compiled network does not count
     with channels_last(s.model), score.compiled() if compiled else nullcontext():
-        state = chains.start(lambda z: score(q(z)), q.shape, streams)
-        sample(lambda z: score(view(q(z))), state, streams)
+        state = chains.start(lambda z: score(seen(q(z))), q.shape, streams)
+        sample(lambda z: score(seen(view(q(z)))), state, streams)
 
 
 @cache

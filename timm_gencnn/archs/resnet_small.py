@@ -1,8 +1,8 @@
 """ResNets for small images: a 3x3 convolution, then stages of one basic block each, no pooling.
 
 At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 cost the same.
-`resnet10` has four stages, the first at full resolution. `resnet8` leaves that one out and is twice as wide: on a CPU
-it learns more in the same time.
+`resnet10` has four stages, the first at full resolution. `resnet8` leaves that one out: on a CPU it learns more in the
+same time.
 
 Papers:
 * `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
@@ -58,7 +58,7 @@ default_cfgs = generate_default_cfgs(
     {
         'resnet10_w16': _cfg(),
         'resnet10_w32': _cfg(),
-        'resnet8_w64': _cfg(),
+        'resnet8_w32': _cfg(),
         'resnet10_w16_s2': _cfg(**_S2),
         'resnet10_w32_s2': _cfg(**_S2),
     }
@@ -110,6 +110,6 @@ def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet
 
 
 @register_model
-def resnet8_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+def resnet8_w32(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Eight layers, 32 to 256 channels, for images of 32 pixels: 1.2 million parameters."""
-    return _resnet('resnet8_w64', pretrained, (64, 128, 256), (2, 2, 2), 1, **kwargs)
+    return _resnet('resnet8_w32', pretrained, (64, 128, 256), (2, 2, 2), 1, **kwargs)
