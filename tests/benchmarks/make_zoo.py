@@ -134,8 +134,8 @@ def main() -> None:
 
 SETTINGS = (
     'model', 'num_classes', 'img_size', 'batch_size', 'epochs', 'gen_epochs', 'opt', 'lr', 'disc_lr', 'momentum',
-    'weight_decay', 'sched', 'decay_epochs', 'decay_rate', 'amp', 'amp_dtype', 'no_aug', 'scale', 'smoothing', 'hybrid',
-    'pool_reference',
+    'weight_decay', 'sched', 'decay_epochs', 'decay_rate', 'amp', 'amp_dtype', 'no_aug', 'train_crop_mode', 'scale',
+    'reprob', 'smoothing', 'hybrid', 'pool_reference',
 )  # fmt: skip
 
 if __name__ == '__main__':
