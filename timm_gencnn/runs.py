@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import timm
 import yaml
 from timm.data import resolve_input_data_config
 from timm.models import load_checkpoint
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
+from .generative import as_generative
 from .registry import PREFIX, check_checkpoint
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
-_MODEL_ARGUMENTS = ('num_classes', 'in_chans', 'img_size')
 
 
 def is_run(folder: str | Path) -> bool:
@@ -41,28 +43,54 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if checkpoint is None:
         raise ValueError(f'{folder} has neither {BEST} nor {LAST}: has the run finished an epoch?')
     check_checkpoint(checkpoint)
-    arguments = {key: args[key] for key in _MODEL_ARGUMENTS if args.get(key) is not None}
-    model = timm.create_model(
-        PREFIX + args['model'].removeprefix(PREFIX), **(args.get('model_kwargs') or {}), **arguments
-    )
+    name = args['model']
+    if ':' not in name:  # a model of the Hub or of a folder says itself which it is
+        name = PREFIX + name.removeprefix(PREFIX)
+    overlay = args.get('pretrained_cfg_overlay') or None
+    ema_validated = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
     try:
-        load_checkpoint(model, str(checkpoint))
-    except RuntimeError as error:
+        model = as_generative(timm.create_model(name, pretrained_cfg_overlay=overlay, **model_arguments(args)))
+        load_checkpoint(model, str(checkpoint), use_ema=ema_validated)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
-    results: dict[str, Any] = {'dataset': _dataset(args), 'split': args.get('val_split', 'validation')}
-    with (folder / 'summary.csv').open(encoding='utf-8') as file:
-        epochs = list(csv.DictReader(file))
-    if epochs:
-        best = max(epochs, key=lambda row: float(row['eval_top1'])) if checkpoint.name == BEST else epochs[-1]
-        results['test_error'] = round(100 - float(best['eval_top1']), 4)
-        if checkpoint.name == BEST:
-            results['note'] = f'the best of {len(epochs)} epochs on this split'
+    results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)
     settings = {key: value for key, value in args.items() if _is_setting(value)}
     return model.eval(), {
         'results': results,
         'recipe': {'settings': settings},
         'data_config': resolve_input_data_config(model, args),
     }
+
+
+def model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `timm.create_model` that shape the network, from the flags of a timm script.
+
+    Args:
+        args: The flags by name, as in args.yaml; those that are missing or None are left to timm.
+
+    Returns:
+        `num_classes`, `in_chans` (else from `input_size`), `global_pool` (from `gp`) and so on, with `model_kwargs`.
+    """
+    names = ('num_classes', 'img_size', 'bn_momentum', 'bn_eps')
+    arguments = {'global_pool': args.get('gp'), **{name: args.get(name) for name in names}}
+    arguments['in_chans'] = args.get('in_chans') or (args.get('input_size') or [None])[0]
+    return {name: value for name, value in arguments.items() if value is not None} | (args.get('model_kwargs') or {})
+
+
+def _measured(folder: Path, args: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What the run measured of a checkpoint: the row of its epoch in summary.csv, if that epoch was validated."""
+    with (folder / 'summary.csv').open(encoding='utf-8') as file:
+        epochs = [row for row in csv.DictReader(file) if row.get('eval_top1')]
+    epoch = load_checkpoint_metadata(str(checkpoint)).get('epoch')
+    row = next((row for row in epochs if int(row['epoch']) == epoch), None)
+    if row is None:
+        return {}
+    measured = {'split': args.get('val_split', 'validation'), 'test_error': round(100 - float(row['eval_top1']), 4)}
+    if checkpoint.name == BEST:
+        metric = args.get('eval_metric', 'top1')
+        by = '' if metric == 'top1' else f', by {metric}'
+        measured['note'] = f'the best of {len(epochs)} epochs on this split{by}'
+    return measured
 
 
 def _dataset(args: dict[str, Any]) -> str:
