@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from timm_gencnn import GenerativeMixin, push_to_hub
 from timm_gencnn.runs import load_run
@@ -99,6 +100,28 @@ def test_a_run_without_validation_has_no_figures(write_run):
     summary = 'epoch,train_loss,lr\n0,1,0.1\n1,1,0.1\n'
     _, facts = load_run(write_run(network(), epoch=1, summary=summary, best=False, val_split=''))
     assert facts['results'] == {'dataset': 'unknown'}
+
+
+@pytest.mark.parametrize(
+    ('args', 'dataset'),
+    [
+        ({'dataset': 'hfds/alice/pets'}, 'alice/pets'),
+        ({'dataset': 'hfds/cifar10'}, 'cifar10'),
+        ({'dataset': 'hfds/data/local'}, 'local'),  # the folder is there
+        ({'dataset': 'hfds/../data/pets'}, 'pets'),
+        ({'dataset': 'torch/cifar10', 'data_dir': 'data/all'}, 'cifar10'),
+        ({'dataset': '', 'data_dir': 'data/pets'}, 'pets'),
+        ({'data': 'data/pets'}, 'pets'),
+    ],
+)
+def test_only_data_sets_of_the_hub_are_named_by_a_hub_id(write_run, tmp_path, monkeypatch, args, dataset):
+    (tmp_path / 'data/local').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    loaded, facts = load_run(write_run(network(), **args))
+    assert facts['results']['dataset'] == dataset
+    push_to_hub(loaded, 'alice/net', dry_run=tmp_path / 'published', **facts)
+    datasets = ModelCard.load(tmp_path / 'published/README.md').data.datasets
+    assert datasets == (['alice/pets'] if dataset == 'alice/pets' else None)
 
 
 @pytest.mark.parametrize('force_cpu', [False, True])

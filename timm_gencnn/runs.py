@@ -94,9 +94,12 @@ def _measured(folder: Path, args: dict[str, Any], checkpoint: Path) -> dict[str,
 
 
 def _dataset(args: dict[str, Any]) -> str:
-    """The Hub id of the data set, or the last part of its path."""
-    name = str(args.get('dataset') or args.get('data_dir') or args.get('data') or 'unknown').removeprefix('hfds/')
-    return name if name.count('/') == 1 and name[0] not in './~' else Path(name).name
+    """The Hub id of the data set where it came from the Hub, else the last part of its name or path."""
+    name = str(args.get('dataset') or args.get('data_dir') or args.get('data') or 'unknown')
+    hub_id = name.removeprefix('hfds/')
+    if hub_id != name and hub_id.count('/') == 1 and hub_id[0] not in './~' and not Path(hub_id).exists():
+        return hub_id
+    return Path(name).name
 
 
 def _is_setting(value: Any) -> bool:
