@@ -461,6 +461,32 @@ def test_push_command(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     assert re.search(r'^gencnn push: error: alice/cli: the token does not give this right', refused.log, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['gencnn_lenet.vis_mnist', '--num-classes', '5'], '--num-classes 5 is that of a --checkpoint'),
+        (['RUN', '--num-classes', '5'], '--num-classes 5 is that of a --checkpoint'),
+        (['RUN', '--checkpoint', 'WEIGHTS'], 'leave out --checkpoint'),
+        (['gencnn_lennet'], "unknown model 'gencnn_lennet': did you mean gencnn_lenet"),
+        (['gencnn_test_resnet.gone'], 'has no pretrained weights.*: pretrained are gencnn_test_resnet.r160_in1k'),
+        (['local-dir:gone'], "cannot load 'local-dir:gone'"),
+        (['gencnn_lenet', '--checkpoint', 'WEIGHTS'], "cannot load 'gencnn_lenet': RuntimeError: Error.* state_dict"),
+        (['gencnn_test_resnet', '--checkpoint', 'gone.pth'], 'gone.pth cannot be read as a checkpoint'),
+        (['gencnn_zfnet'], "'gencnn_zfnet' has no pretrained weights"),
+    ],
+)
+def test_bad_input_of_the_push_command(client: Client, tmp_path: Path, arguments: list[str], message: str) -> None:
+    run, weights = tmp_path / 'run', tmp_path / 'weights.pth'
+    ok(client(hub_client.train_run, run))
+    ok(client(hub_client.save_weights, weights, 3))
+    paths = {'RUN': str(run), 'WEIGHTS': str(weights)}
+    model, *flags = [paths.get(argument, argument) for argument in arguments]
+    refused = client(hub_client.command, 'push', model, 'alice/bad', *flags, '--dry-run', str(tmp_path / 'out'))
+    assert ok(refused) == 2
+    assert re.search(f'^gencnn push: error: .*{message}', refused.log, re.MULTILINE)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_push_command_with_the_folder_of_a_run(client: Client, tmp_path: Path) -> None:
     run, folder = tmp_path / 'run', tmp_path / 'out'
     ok(client(hub_client.train_run, run))

@@ -421,18 +421,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Publish as the arguments say. See `add_arguments`."""
+    """Publish as the arguments say. See `add_arguments`.
+
+    Raises:
+        ValueError: If there is no such model, its weights cannot be read, or flags contradict each other.
+        OSError: If a file cannot be read, or the Hub refuses or fails.
+    """
+    from .visualize import load_model, visualize
+
     measured: dict[str, Any] = {}
     shipped = args.model.removeprefix(PREFIX)
+    if args.num_classes is not None and not args.checkpoint:
+        raise ValueError(
+            f'--num-classes {args.num_classes} is that of a --checkpoint: without one it would give the network a new, '
+            'untrained head'
+        )
     if is_run(args.model):
+        if args.checkpoint:
+            raise ValueError(f'{args.model} is a run with a best checkpoint of its own: leave out --checkpoint')
         model, measured = load_run(args.model)
     else:
-        model = timm.create_model(
-            args.model,
-            pretrained=not args.checkpoint,
-            checkpoint_path=args.checkpoint or '',
-            **({} if args.num_classes is None else {'num_classes': args.num_classes}),
-        ).eval()
+        weights = {'checkpoint_path': args.checkpoint, 'num_classes': args.num_classes} if args.checkpoint else {}
+        model = load_model(args.model, **weights)
         if shipped in zoo.names(zoo.FOLDER) and not args.checkpoint:
             measured = zoo.read(shipped, zoo.FOLDER)
     if args.results:
@@ -440,8 +450,6 @@ def main(args: argparse.Namespace) -> None:
     results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})
     gallery = []
     if args.nodes:
-        from .visualize import visualize
-
         nodes = [int(node) if node.isdigit() else node for node in args.nodes]
         gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed)]
     pushed = push_to_hub(
