@@ -2,16 +2,20 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import timm
 import torch
+from datasets import Dataset
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from timm.data import resolve_data_config
 from torch import nn
 
 from timm_gencnn import cli
 from timm_gencnn.generative import as_generative
+from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import auroc, expected_calibration_error, noisy, scores, validate
 
 
@@ -120,12 +124,69 @@ def test_command(folder, capsys):
     assert json.loads((folder / 'results.json').read_text())['nll'] != results['nll']
 
 
+def results_of(folder, *more):
+    """Results of the command for a classifier of two classes."""
+    argv = ['validate', '--data-dir', str(folder), '-j', '0', '--device', 'cpu', '--num-classes', '2', *more]
+    assert cli.main([*argv, '--results-file', str(folder / 'results.json')]) == 0
+    return json.loads((folder / 'results.json').read_text())
+
+
+def test_the_network_is_the_one_that_was_trained(folder):
+    """Its shape is given by timm's flags: the pooling, and what only its constructor knows."""
+    torch.manual_seed(0)
+    trained = timm.create_model('test_resnet', num_classes=2, global_pool='max', stem_width=8).eval()
+    with torch.no_grad():
+        trained.fc.weight.mul_(100)  # a new network tells no class from another
+    torch.save({'state_dict': trained.state_dict()}, folder / 'model.pth.tar')
+    argv = ['--model', 'gencnn_test_resnet', '--checkpoint', str(folder / 'model.pth.tar'), '--input-size', '3', '64']
+    argv += ['64', '--model-kwargs', 'stem_width=8']
+    config = resolve_data_config({'input_size': (3, 64, 64)}, model=trained)
+    loader = plain_loader(open_dataset('', str(folder), 'validation', 3), config)
+    expected = validate(trained, loader)['nll']
+    assert results_of(folder, *argv, '--gp', 'max')['nll'] == pytest.approx(expected, rel=1e-5)
+    assert abs(results_of(folder, *argv)['nll'] - expected) > 1e-2  # control: another pooling, another network
+
+
+def test_columns_and_image_mode(folder, tmp_path):
+    """Images and labels are read from the columns that are named, and in the mode that is named."""
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 28, 28, 3), dtype=np.uint8)
+    columns = {'img': [Image.fromarray(p) for p in pixels], 'fine_label': [0, 1, 0, 1, 1, 1]}
+    (tmp_path / 'columns').mkdir()
+    for split in ('validation', 'test'):
+        Dataset.from_dict(columns).cast_column('img', datasets.Image()).to_parquet(
+            tmp_path / f'columns/{split}-0-of-1.parquet'
+        )
+    data = ['--dataset', f'hfds/{tmp_path / "columns"}', '--input-key', 'img', '--target-key', 'fine_label']
+    torch.manual_seed(0)
+    model = timm.create_model('lenet', num_classes=2, in_chans=3).eval()
+    torch.save(model.state_dict(), folder / 'model.pth.tar')
+    argv = ['--model', 'lenet', '--in-chans', '3', '--checkpoint', str(folder / 'model.pth.tar')]
+    argv += ['--input-size', '3', '28', '28', '--mean', '0', '--std', '1', '--data-dir', str(tmp_path / 'cache')]
+    ood = ['--ood-dataset', data[1], '--ood-split', 'test']
+    for mode in ('RGB', 'YCbCr'):
+        converted = np.stack([Image.fromarray(p).convert(mode) for p in pixels])
+        logits = model(torch.from_numpy(converted).permute(0, 3, 1, 2) / 255)
+        expected = nn.functional.cross_entropy(logits, torch.tensor(columns['fine_label'])).item()
+        found = results_of(folder, *argv, *data, *ood, *([] if mode == 'RGB' else ['--input-img-mode', mode]))
+        assert found['nll'] == pytest.approx(expected, abs=1e-6)
+        assert found['auroc_logit'] == 50  # the same images on both sides
+
+
+def test_class_map_is_not_that_of_the_other_data_set(folder):
+    (folder / 'noise/1').rename(folder / 'noise/static')
+    (folder / 'noise/0').rename(folder / 'noise/snow')
+    (folder / 'classes.txt').write_text('1\n0\n')
+    argv = ['--model', 'lenet', '--class-map', str(folder / 'classes.txt'), '--ood-data-dir', str(folder / 'noise')]
+    assert 'auroc_logit' in results_of(folder, *argv)
+
+
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
         (['--num-classes', '1'], 'has 2 classes, the model 1'),
         (['--checkpoint', 'gone.pth.tar'], "cannot load model 'lenet' 'gone.pth.tar'"),
         (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere'"),
+        (['--model-kwargs', 'depth=3'], "cannot load model 'lenet'"),
         (['--model', 'lennet'], "cannot load model 'lennet'"),
     ],
 )

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.models import create_model
+from timm.models import create_model, load_checkpoint
 from timm.task import ClassificationEvaluator
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .generative import as_generative
 from .loss import check_targets
 from .reference import per_channel
+from .runs import model_arguments
 from .train_args import LoadConfig
 from .train_data import check_classes, open_dataset, plain_loader
 
@@ -41,11 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--in-chans', type=int, metavar='N')
     add('--input-size', type=int, nargs=3, metavar='N', help='channels, height, width')
     add('--img-size', type=int, metavar='N')
+    add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, ...')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
     add('--crop-pct', type=float, metavar='F')
     add('--mean', type=float, nargs='+', metavar='X')
     add('--std', type=float, nargs='+', metavar='X')
     add('--interpolation', default='', metavar='NAME')
     add('--class-map', default='', metavar='FILE')
+    add('--input-img-mode', metavar='MODE', help="image mode; default 'L' for one channel, else 'RGB'")
+    add('--input-key', metavar='KEY', help='column of the images, of a second data set from the same source too')
+    add('--target-key', metavar='KEY', help='column of the labels')
     add('-b', '--batch-size', type=int, default=256, metavar='N')
     add('-j', '--workers', type=int, default=4, metavar='N')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -80,19 +87,23 @@ def main(args: argparse.Namespace) -> None:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    def loader(name: str, root: str | None, split: str) -> Any:
-        dataset = open_dataset(name, root, split, config['input_size'][0], class_map=args.class_map or None)
+    keys = {'input_key': args.input_key, 'target_key': args.target_key}
+
+    def loader(name: str, root: str | None, split: str, **kwargs: Any) -> Any:
+        dataset = open_dataset(name, root, split, config['input_size'][0], input_img_mode=args.input_img_mode, **kwargs)
         return plain_loader(dataset, config, args.batch_size, args.workers, device)
 
+    labeled = keys | {'class_map': args.class_map or None}
     if args.log_z_split:
-        as_generative(model).estimate_log_z(loader(args.dataset, args.data_dir, args.log_z_split))
-    data = loader(args.dataset, args.data_dir, args.split)
+        as_generative(model).estimate_log_z(loader(args.dataset, args.data_dir, args.log_z_split, **labeled))
+    data = loader(args.dataset, args.data_dir, args.split, **labeled)
     check_classes(data.dataset, model.num_classes)
     autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
     results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint, 'noise': args.noise}
     results |= validate(model, noisy(data, args.noise, config['std']), autocast)
     if args.ood_dataset is not None or args.ood_data_dir is not None:
-        outside = loader(args.ood_dataset or '', args.ood_data_dir, args.ood_split)
+        alike = (args.ood_dataset or '').partition('/')[0] == args.dataset.partition('/')[0]
+        outside = loader(args.ood_dataset or '', args.ood_data_dir, args.ood_split, **(keys if alike else {}))
         inside_scores, outside_scores = (scores(model, tqdm(d, desc='scores', leave=False)) for d in (data, outside))
         results |= {f'auroc_{k}': 100 * auroc(inside_scores[k], outside_scores[k]) for k in inside_scores}
     for name, value in results.items():
@@ -103,17 +114,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _create_model(args: argparse.Namespace) -> Any:
-    optional = {'num_classes': args.num_classes, 'img_size': args.img_size}
-    optional['in_chans'] = args.in_chans or (args.input_size[0] if args.input_size else None)
     try:
-        model = create_model(
-            args.model, pretrained=args.pretrained, **{k: v for k, v in optional.items() if v is not None}
-        )
+        model = create_model(args.model, pretrained=args.pretrained, **model_arguments(vars(args)))
         if args.checkpoint:
-            from timm.models import load_checkpoint
-
             load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
-    except (RuntimeError, KeyError, FileNotFoundError) as error:
+    except (RuntimeError, TypeError, KeyError, FileNotFoundError) as error:
         raise ValueError(f'cannot load model {args.model!r} {args.checkpoint!r}: {error}') from error
     return model
 
