@@ -278,6 +278,19 @@ def test_forward_compiles_and_runs_in_inference_mode():
     model.posterior(images).sum().backward()
 
 
+@pytest.mark.parametrize('arch', ['test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit'])
+@pytest.mark.parametrize('folded', [False, True])
+def test_torchscript(arch, folded):
+    torch.manual_seed(0)
+    model = timm.create_model(f'gencnn_{arch}', scriptable=True).eval()
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
+    if folded:
+        model.estimate_log_z([images], progress=False)
+        model.fold_intercepts()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
+
 def test_progress_bar_can_be_silenced(cube, linear, capsys):
     model, _ = linear
     model.estimate_log_z([cube])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.models import get_model_input_config
@@ -47,9 +47,12 @@ class GenerativeMixin(nn.Module):
             estimate it again after training or after loading other weights.
     """
 
-    log_z: Tensor | None
-    _before_fold: _Fold | None
-    _image_shape: tuple[int, ...] | None
+    if TYPE_CHECKING:  # torch.jit.script reads the annotations of a class, and knows neither these nor properties
+        log_z: Tensor | None
+        _before_fold: _Fold | None
+        _image_shape: tuple[int, ...] | None
+
+    __jit_unused_properties__ = ('folded', '_model_args')
 
     def score(self, x: Tensor, y: int | Tensor | None = None) -> Tensor:
         """Return the scores f_y(x), that is the logits.
