@@ -291,6 +291,29 @@ def test_torchscript(arch, folded):
         torch.testing.assert_close(torch.jit.script(model)(images), model(images))
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_log_z_of_a_model_in_another_precision_than_the_images(dtype):
+    images = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    model, twin = as_generative(lenet()), as_generative(lenet()).to(dtype)
+    estimate = model.estimate_log_z([images], progress=False).log_z
+    torch.testing.assert_close(
+        twin.estimate_log_z([images], progress=False).log_z, estimate, rtol=0, atol=4 * torch.finfo(dtype).eps + 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ('batch', 'message'),
+    [
+        ({'image': torch.zeros(1, 1, 28, 28)}, 'gives a dict where'),
+        ([], 'gives a list where'),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), r'gives a tensor of torch\.uint8 where'),
+    ],
+)
+def test_log_z_of_batches_that_are_no_images(batch, message):
+    with pytest.raises(ValueError, match=message):
+        as_generative(lenet()).estimate_log_z([batch], progress=False)
+
+
 def test_progress_bar_can_be_silenced(cube, linear, capsys):
     model, _ = linear
     model.estimate_log_z([cube])

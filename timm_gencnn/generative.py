@@ -128,14 +128,15 @@ class GenerativeMixin(nn.Module):
         The reference of a network trained with the generative gradient is its training set, whatever the classes.
 
         Args:
-            loader: Batches of images [n, C, H, W], or tuples or lists that start with them; normalised for the model.
+            loader: Batches of images [n, C, H, W], or tuples or lists that start with them; normalised for the model,
+                and brought to its device and dtype here.
             progress: Show a progress bar.
 
         Returns:
             The estimate, with the effective sample size of each class.
 
         Raises:
-            ValueError: As `score`, and if the loader has no images.
+            ValueError: As `score`, and if the loader has no images or gives something else.
         """
         from tqdm.auto import tqdm
 
@@ -143,8 +144,14 @@ class GenerativeMixin(nn.Module):
         log_sum = log_sum_of_squares = torch.tensor(-torch.inf, dtype=torch.float64)
         n = 0
         for batch in tqdm(loader, desc='log Z', disable=not progress):
-            images = batch[0] if isinstance(batch, tuple | list) else batch
-            logits = self._logits(images.to(parameter.device)).double().cpu()
+            images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            if not isinstance(images, Tensor) or not images.is_floating_point():
+                what = f'tensor of {images.dtype}' if isinstance(images, Tensor) else type(images).__name__
+                raise ValueError(
+                    f'the loader gives a {what} where normalised images [n, C, H, W] are needed: make its batches '
+                    'float tensors, or tuples that start with one'
+                )
+            logits = self._logits(images.to(parameter)).double().cpu()
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(dim=0))
             log_sum_of_squares = torch.logaddexp(log_sum_of_squares, (2 * logits).logsumexp(dim=0))
             n += len(images)
