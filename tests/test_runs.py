@@ -72,10 +72,13 @@ def test_the_network_is_the_one_that_was_trained(write_run, tmp_path, model, fla
     assert torch.equal(logits(pulled, in_chans), expected)
 
 
-def test_preprocessing_is_that_of_the_run(write_run):
+def test_preprocessing_is_that_of_the_run(write_run, tmp_path):
     folder = write_run(network(), pretrained_cfg_overlay={'mean': [0.1, 0.2, 0.3], 'file': '/home/alice/w.pth'})
     loaded, facts = load_run(folder)
-    assert tuple(facts['data_config']['mean']) == (0.1, 0.2, 0.3)
+    push_to_hub(loaded, 'alice/net', dry_run=tmp_path / 'published', **facts)
+    config = json.loads((tmp_path / 'published/config.json').read_text())
+    assert config['pretrained_cfg']['mean'] == [0.1, 0.2, 0.3]
+    assert not any(b'/home/alice' in file.read_bytes() for file in (tmp_path / 'published').iterdir())
 
 
 @pytest.mark.parametrize(

@@ -104,4 +104,6 @@ def _dataset(args: dict[str, Any]) -> str:
 
 def _is_setting(value: Any) -> bool:
     """Whether a value says something on another machine: not empty, and no path."""
-    return value not in (None, '', False, []) and not (isinstance(value, str) and ('/' in value or '\\' in value))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    paths = any(isinstance(part, str) and ('/' in part or '\\' in part) for part in parts)
+    return value not in (None, '', False, [], {}) and not paths
