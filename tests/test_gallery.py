@@ -165,9 +165,10 @@ def test_node_is_drawn_as_visualize_draws_it(tmp_path: Path) -> None:
     assert Image.open(tmp_path / 'a' / 'images' / room.file_name('conv:2')).tobytes() != alone
 
 
-def test_node_can_be_repeated_from_its_png(tmp_path: Path) -> None:
-    gallery('gencnn_lenet.vis_mnist', [7], tmp_path, n=2, steps=8, progress=False)
-    path = tmp_path / 'images' / room.file_name('7')
+@pytest.mark.parametrize('node', ['7', 'conv1:3'])  # the latter of 7 x 7 pixels, which the whole LeNet refuses
+def test_node_can_be_repeated_from_its_png(tmp_path: Path, node: str) -> None:
+    gallery('gencnn_lenet.vis_mnist', [node], tmp_path, n=2, steps=8, progress=False)
+    path = tmp_path / 'images' / room.file_name(node)
     repeat = ['Repeat it', f'gencnn visualize --like images/{path.name}']
     assert repeat in room._rows(read_entry(path))
     assert cli(['visualize', '--like', str(path), '--device', 'cpu', '--out', str(tmp_path / 'again.png')]) == 0

@@ -566,6 +566,46 @@ def test_receptive_field_and_default_size(resnet):
     assert resolve(resnet, 'conv1:3')(images(2, size=(10, 10))).shape == (2,)
 
 
+def test_a_default_size_can_be_given_back():
+    """LeNet as a whole takes no image of 7 x 7, its first layers do."""
+    model = timm.create_model('gencnn_lenet').eval()
+    x = images(4, 1, (7, 7))
+    default = resolve(model, ['conv1:3', 'conv1:5'])
+    assert default.size == (7, 7)
+    given = resolve(model, default.names, size=(7, 7))
+    assert given.size == (7, 7)
+    assert torch.equal(given(x), default(x))
+    assert resolve(model, 'conv1:3@2,2', size=(7, 7))(x).shape == (4,)
+    with pytest.raises(ValueError, match=r'position 5,5 is out of range.*3 x 3'):
+        resolve(model, 'conv1:3@5,5', size=(7, 7))
+    for node in (3, 'conv2:1', ['conv1:3', 3], lambda x: x.mean((1, 2, 3))):
+        with pytest.raises(ValueError, match=r'the model refuses 7 x 7 .*own size is 28 x 28'):
+            resolve(model, node, size=(7, 7))
+    with pytest.raises(ValueError, match=r'the model refuses 4 x 4 .*own size is 28 x 28'):
+        resolve(model, 'conv1:3', size=(4, 4))
+    with pytest.raises(ValueError, match='does not run'):
+        resolve(Zoo().eval(), 'unused:1', size=SIZE)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize('gain', [1.0, 0.0])  # behind a gain of zero, axes are seen where it is filled in
+def test_layers_at_a_size_that_the_whole_model_refuses(gain):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), timm.layers.BatchNormAct2d(8), nn.Identity())
+    nn.init.constant_(block[1].weight, gain)
+    model = nn.Sequential(block, nn.Flatten(), nn.Linear(8 * 14 * 14, 5)).eval()
+    model.pretrained_cfg = {'input_size': (3, 16, 16)}
+    x = images(size=(9, 9))
+    for node in ('0:3', '0.1:3', '0.1.act:3', '0.2:3@1,1'):
+        own, given = resolve(model, node), resolve(model, node, size=(9, 9))
+        assert own.names == given.names == [node]
+        assert own.notes == given.notes
+        torch.testing.assert_close(given(x), own(x))
+        assert given(x).any() == bool(gain)
+    with pytest.raises(ValueError, match=r'channel 8 is out of range, .* 0 to 7'):  # of 7 x 7 positions
+        resolve(model, '0.2:8', size=(9, 9))
+
+
 def test_models_that_refuse_a_small_image_keep_their_size():
     assert resolve(timm.create_model('test_vit', dynamic_img_size=False).eval(), 'patch_embed.proj:3').size == (
         160,

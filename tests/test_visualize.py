@@ -173,6 +173,30 @@ def test_out_of_memory_halves_the_batch_and_goes_on(lenet, monkeypatch):
     assert torch.allclose(parts.images, whole.images, atol=1e-2)
 
 
+def test_out_of_memory_splits_the_nodes_of_an_early_convolution(lenet, monkeypatch):
+    """Each part is resolved anew at their common size, which the model as a whole refuses."""
+    nodes = ['conv1:0', 'conv1:1', 'conv1:2']
+    whole = quick(lenet, nodes)
+    assert whole.settings['size'] == [7, 7]
+    original = hmc.score_and_grad
+
+    def hungry(score, z):
+        if len(z) > 2:
+            raise torch.OutOfMemoryError('out of memory')
+        return original(score, z)
+
+    monkeypatch.setattr(hmc, 'score_and_grad', hungry)
+    with pytest.warns(UserWarning, match='images at a time'):
+        parts = quick(lenet, nodes)
+    assert torch.allclose(parts.images, whole.images, atol=1e-2)
+
+
+def test_the_size_of_an_early_convolution_can_be_given_back(lenet):
+    default, given = quick(lenet, 'conv1:3'), quick(lenet, 'conv1:3', size=7)
+    assert torch.equal(given.images, default.images)
+    assert given.settings == default.settings
+
+
 def test_the_model_is_left_as_it_was(lenet):
     before = {k: v.clone() for k, v in lenet.state_dict().items()}
     lenet.fc2.bias.requires_grad_(False)

@@ -43,10 +43,14 @@ class Tap:
 
 @dataclass
 class Probe:
-    """A recorded forward pass of two random images; `calls[name]` lists the calls of a module in order."""
+    """A recorded forward pass of two random images; `calls[name]` lists the calls of a module in order.
+
+    Where `stop` is given, the pass ended after that call of that module.
+    """
 
     model: nn.Module
     images: Tensor
+    stop: tuple[str, int] | None = None
     calls: dict[str, list[Call]] = field(default_factory=dict)
     params: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
@@ -62,7 +66,8 @@ class Probe:
     @cached_property
     def filled(self) -> 'Probe':
         """The same pass with 0.1 for every zero gain and bias: branches that start at zero are seen."""
-        return probe(self.model, self.images.shape[1], (self.images.shape[2], self.images.shape[3]), fill=True)
+        size = self.images.shape[2], self.images.shape[3]
+        return probe(self.model, self.images.shape[1], size, stop=self.stop, fill=True)
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def probe(
         params = {name: p.where(p != 0, 0.1) if p.ndim < 2 else p for name, p in params.items()}
     reference = next((p for p in params.values() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(PROBES, in_chans, *size, generator=torch.Generator().manual_seed(0))
-    result = Probe(model, noise.to(reference).requires_grad_())
+    result = Probe(model, noise.to(reference).requires_grad_(), stop)
 
     def enter(own: list[str]) -> Any:
         return lambda module, args: result.params.extend((module, params[key]) for key in own)

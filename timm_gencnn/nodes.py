@@ -434,8 +434,7 @@ def _check_size(size: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
-    """Probes the model on its own image, or on the one that was asked for."""
+def _check_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError('a TorchScript module takes no hooks: give the Python module that it was made from')
     if any(p.is_meta for p in model.parameters()):
@@ -443,6 +442,14 @@ def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
     training = next((name or 'the model' for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f'{training} is in train mode, where images change one another: call model.eval() first')
+
+
+class _Refused(ValueError):
+    """The model as a whole takes no image of this size."""
+
+
+def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
+    """Probes the model on its own image, or on the one that was asked for."""
     if in_chans is not None and (type(in_chans) is not int or in_chans < 1):
         raise ValueError(f'in_chans {in_chans!r} is not a positive number of channels')
     own = _own_size(model)
@@ -460,7 +467,7 @@ def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
     remedy = (
         f"the model's own size is {own[0]} x {own[1]}" if side != own else 'give size=(height, width) and in_chans='
     )
-    raise ValueError(
+    raise _Refused(
         f'the model refuses {side[0]} x {side[1]} images of {chans} channel(s) ({reason}): {remedy}'
     ) from refusal
 
@@ -593,8 +600,9 @@ def resolve(
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         nodes: A node or a list of nodes; the module's docstring has the grammar.
-        size: Image height and width in pixels. None takes the model's own size or, if all nodes are channels of early
-            convolutions, their receptive field and a margin of half of it (rounded up to the stride).
+        size: Image height and width in pixels; one that the whole model refuses will do if all nodes are in layers that
+            take it. None takes the model's own size or, if all nodes are channels of early convolutions, their
+            receptive field and a margin of half of it (rounded up to the stride).
         in_chans: Image channels; None tries those of the first convolution and of the model's configuration.
 
     Returns:
@@ -604,13 +612,17 @@ def resolve(
         ValueError: The model is in train mode or refuses the size; a class, layer, channel or position does not exist
             or is ambiguous; a score is not finite, cannot be differentiated or mixes images.
     """
-    result = _first_probe(model, size, in_chans)
-    own = result.images.shape[2], result.images.shape[3]
+    _check_model(model)
     wanted = list(nodes) if isinstance(nodes, (list, tuple, range)) else [nodes]
     if not wanted:
         raise ValueError('an empty list of nodes given: name at least one')
     layers = [name for name, _ in model.named_modules() if name]
     parsed = [_parse(node, layers) for node in wanted]
+    try:
+        result = _first_probe(model, size, in_chans)
+    except _Refused as refusal:
+        result = _probe_of_layers(model, [unit for node in parsed for _, unit in node], size, in_chans, refusal)
+    own = result.images.shape[2], result.images.shape[3]
 
     resolver = _Resolver(model, result)
     terms: list[list[Term]] = []
@@ -639,7 +651,7 @@ def resolve(
     function = ScoreFunction(model, terms, calls, names, kinds, notes, own, chans, dtype)
     _check_scores(function, result)
     if size is None and not any(calls):
-        function.size = _early_size(model, result, [term for group in terms for term in group]) or own
+        function.size = _early_size(result, [term for group in terms for term in group]) or own
     return function
 
 
@@ -693,7 +705,7 @@ def _check_independent(name: str, score: Tensor, images: Tensor) -> None:
         raise ValueError(f'the score of {name!r} for one image depends on another image: its layer mixes the batch')
 
 
-def _early_size(model: nn.Module, result: Probe, terms: list[Term]) -> tuple[int, int] | None:
+def _early_size(result: Probe, terms: list[Term]) -> tuple[int, int] | None:
     """Receptive field and margin, if all terms are channel maps that see less than half of the image."""
     sides = [0, 0]
     for term in set(terms):
@@ -714,9 +726,8 @@ def _early_size(model: nn.Module, result: Probe, terms: list[Term]) -> tuple[int
             sides[axis] = max(sides[axis], -(-(seen + seen // 2) // stride) * stride)
             if 2 * sides[axis] > full:
                 return None
-    last = max((term.tap for term in terms), key=lambda tap: _last_index(result, tap))
     try:
-        small = probe(model, result.images.shape[1], (sides[0], sides[1]), stop=(last.layer, last.call))
+        small = _probe_until(result, [term.tap for term in terms], (sides[0], sides[1]))
         if any(_layout(small, term.tap, term.layout.axis).shape[0] != term.layout.channels for term in terms):
             return None
     except torch.OutOfMemoryError:
@@ -726,8 +737,40 @@ def _early_size(model: nn.Module, result: Probe, terms: list[Term]) -> tuple[int
     return sides[0], sides[1]
 
 
-def _last_index(result: Probe, tap: Tap) -> int:
-    return [i for i, name in enumerate(result.order) if name == tap.layer][tap.call]
+def _probe_until(result: Probe, taps: list[Tap], size: tuple[int, int]) -> Probe:
+    """Probes the model once more, at another size, until the last of `taps` has run."""
+
+    def place(tap: Tap) -> int:
+        return [i for i, name in enumerate(result.order) if name == tap.layer][tap.call]
+
+    last = max(taps, key=place)
+    return probe(result.model, result.images.shape[1], size, stop=(last.layer, last.call))
+
+
+def _probe_of_layers(
+    model: nn.Module,
+    units: list['_Unit | Callable[[Tensor], Tensor]'],
+    size: tuple[int, int] | None,
+    in_chans: int | None,
+    refusal: _Refused,
+) -> Probe:
+    """Probes the layers of `units` at a size that the model as a whole refuses; its own size says what runs when."""
+    named = [unit for unit in units if isinstance(unit, _Unit) and unit.layer]
+    if size is None or len(named) < len(units):
+        raise refusal
+    try:
+        result = _first_probe(model, None, in_chans)
+    except _Refused:
+        raise refusal from None
+    for unit in named:
+        _tap(result, unit)  # refuses what does not run
+    taps = [Tap(unit.layer or '', (unit.call or 1) - 1) for unit in named]
+    try:
+        return _probe_until(result, taps, _check_size(size))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a foreign forward raises on an image that it cannot take
+        raise refusal from None
 
 
 @torch.inference_mode(False)
@@ -742,6 +785,7 @@ def receptive_field(model: nn.Module, layer: str, *, size: tuple[int, int] | Non
     Raises:
         ValueError: The layer does not exist, or its output is not [N, C, H, W].
     """
+    _check_model(model)
     result = _first_probe(model, size, None)
     layers = [name for name, _ in model.named_modules() if name]
     tap = _tap(result, _Unit(_find_layer(layer, layers), 0, text=layer))
@@ -779,6 +823,7 @@ def list_nodes(model: nn.Module, pattern: str | None = None, *, size: tuple[int,
     Raises:
         ValueError: No layer matches, the model is in train mode, or refuses the size.
     """
+    _check_model(model)
     result = _first_probe(model, size, None)
     seen: dict[str, int] = defaultdict(int)
     found = []
