@@ -61,6 +61,12 @@ def test_parameters_keep_their_gradients_and_a_seed_repeats():
     assert all(p.requires_grad for p in net.parameters())
 
 
+def test_a_reference_of_ones_own_has_the_size():
+    net = Linear().eval()
+    small = timm_gencnn.log_z(net, 0, n=4, levels=5, reference=White((1, 4, 4)), progress=False)
+    assert small.log_z == log_z(net, 0, n=4, levels=5).log_z
+
+
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
 def test_the_same_where_gradients_are_off(mode):
     net = Linear().eval()

@@ -222,6 +222,14 @@ def test_a_reference_of_ones_own(lenet):
     assert samples.settings['alpha'] == 0.5
 
 
+@pytest.mark.parametrize('side', [28, 9])
+def test_a_reference_of_ones_own_has_the_size(lenet, side):
+    """Also for an early convolution, which has a smaller default."""
+    samples = quick(lenet, 'conv1:3', reference=White((1, side, side)))
+    assert samples.settings['size'] == [side, side]
+    assert torch.equal(samples.images, quick(lenet, 'conv1:3', reference='white', size=side).images)
+
+
 def test_white_reference_is_labelled(lenet):
     assert quick(lenet, 3, reference='white').settings['display'] == 'contrast stretched per image'
 
@@ -307,7 +315,9 @@ def test_verdict(args, words):
         ({'seed': -1}, 'seed must be'),
         ({'frames': -1}, 'frames must be'),
         ({'reference': 'pink'}, "unknown reference 'pink'"),
-        ({'reference': White((3, 8, 8))}, r'\(3, 8, 8\), the model takes \(1, 28, 28\)'),
+        ({'reference': White((3, 28, 28))}, r'\(3, 28, 28\), the model takes \(1, 28, 28\)'),
+        ({'reference': White((1, 8, 8))}, 'refuses 8 x 8 .*own size is 28 x 28'),
+        ({'reference': White((1, 8, 8)), 'size': 28}, r'\(1, 8, 8\), the model takes \(1, 28, 28\)'),
         ({'size': 7}, '7'),
         ({'device': 'foo'}, "device 'foo' cannot be used"),
         ({'dtype': torch.float64}, 'dtype must be'),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import ais, hmc
 from .nodes import Node, resolve
 from .reference import Reference
-from .visualize import check, chunk, frozen, load, make_reference
+from .visualize import check, chunk, frozen, load, make_reference, sides
 
 
 @torch.inference_mode(False)
@@ -36,7 +36,7 @@ def log_z(
         n: Independent chains, at least 2.
         levels: Steps of the tilt from 0 to 1, at least 2; each costs four image gradients per chain.
         reference: As for `visualize`.
-        size: Image side or (height, width) in pixels; None is the model's own.
+        size: Image side or (height, width) in pixels; None as for `visualize`.
         seed: Non-negative integer.
         device: Where to run, with the model moved there; None is where the model is.
         progress: Whether to show a progress bar.
@@ -54,7 +54,7 @@ def log_z(
         raise ValueError(f'log Z is that of one node, got the list {node!r}: call once for each')
     net, _, where = load(model, device)
     with frozen(net):
-        score = resolve(net, [node], size=(size, size) if isinstance(size, int) else size)
+        score = resolve(net, [node], size=sides(size, reference))
         q = make_reference(reference, net, score.in_chans, score.size, where)
         with tqdm(total=n * ais.gradients(levels), unit='grad', disable=not progress, desc='log Z') as bar:
 

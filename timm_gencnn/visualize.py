@@ -70,7 +70,8 @@ def visualize(
         temperature: T > 0; None is the gallery default.
         tilt: Factor on the score, > 0; None is 1 at `temperature=1`, else automatic: each chain's is the one at which
             the score asks for images as far from the mean as the reference's own (`diagnostics['tilt']` has them).
-        size: Image side or (height, width) in pixels; None is the model's own.
+        size: Image side or (height, width) in pixels; None is that of a reference of one's own, else the model's own
+            or, for channels of early convolutions alone, one and a half times their receptive field.
         seed: Non-negative integer; the same seed gives the same pixels on the same machine.
         device: Where to run, with the model moved there; None is where the model is.
         dtype: `torch.bfloat16` or `torch.float16` runs the network under autocast; in the exact regime only for the
@@ -93,12 +94,11 @@ def visualize(
     paper, temperature, tilt = settle(reference, temperature, tilt, dtype, preset, **numbers)
     regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
     net, name, where = load(model, device)
-    sides = (size, size) if isinstance(size, int) else size
     nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
 
     began = time.perf_counter()
     with frozen(net):
-        score = resolve(net, nodes, size=sides)
+        score = resolve(net, nodes, size=sides(size, reference))
         if paper:
             cfg = getattr(net, 'pretrained_cfg', None) or {}
             reference = White((score.in_chans, *score.size), paper.normalised_sigma(cfg))
@@ -190,6 +190,13 @@ def load(model: str | nn.Module, device: str | torch.device | None) -> tuple[nn.
         move(net, device)
     where = next((p.device for p in net.parameters()), torch.device('cpu'))
     return net, model if isinstance(model, str) else _describe(net), where
+
+
+def sides(size: int | tuple[int, int] | None, reference: str | Reference) -> tuple[int, int] | None:
+    """Height and width that a call means: those of the reference, where it alone has them; None leaves them open."""
+    if size is None and not isinstance(reference, str) and len(reference.shape) == 3:
+        return reference.shape[1], reference.shape[2]
+    return (size, size) if isinstance(size, int) else size
 
 
 def chunk(reference: Reference) -> int:
@@ -509,7 +516,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--reference', choices=['natural', 'white'], help='(default: natural)')
     parser.add_argument('--temperature', type=float, help='1: exact samples of the model')
     parser.add_argument('--tilt', type=float, help='factor on the score')
-    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
+    parser.add_argument('--size', type=int, help="image side in pixels (default: the model's, less for early layers)")
     parser.add_argument('--seed', type=int, help='(default: 0)')
     parser.add_argument('--preset', choices=list(PRESETS), help="the settings of the paper's own pictures")
 
