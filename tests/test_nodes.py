@@ -634,6 +634,8 @@ def test_list_nodes(zoo, capsys):
     assert {'twice#1', 'twice#2'} <= set(infos)
     assert not {'unused', 'pair', ''} & set(infos)
     assert [info.name for info in list_nodes(zoo, 'mlp.*', size=SIZE)] == ['mlp.0', 'mlp.1']
+    assert [info.name for info in list_nodes(zoo, 'twice', size=SIZE)] == ['twice#1', 'twice#2']
+    assert [info.name for info in list_nodes(zoo, 'twice#2', size=SIZE)] == ['twice#2']
     with pytest.raises(ValueError, match="no layer matches 'mpl"):
         list_nodes(zoo, 'mpl.*', size=SIZE)
 
@@ -651,6 +653,9 @@ def test_layers_behind_a_gain_of_zero_have_an_axis():
         ('head:8-20', ['head:8', 'head:9']),
         ('head:*', [f'head:{i}' for i in range(10)]),
         ('n?wc:1@2,3', ['nhwc:1@2,3']),
+        ('twice:0-1', ['twice#1:0', 'twice#1:1', 'twice#2:0', 'twice#2:1']),
+        ('twice#2:0-1', ['twice#2:0', 'twice#2:1']),
+        ('*#1:0', ['twice#1:0']),
         ('0-2', ['0', '1', '2']),
         ('conv:3', ['conv:3']),
         ('3 + 0.5*conv:3', ['3 + 0.5*conv:3']),

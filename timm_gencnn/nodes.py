@@ -820,20 +820,22 @@ class NodeInfo:
 def list_nodes(model: nn.Module, pattern: str | None = None, *, size: tuple[int, int] | None = None) -> list[NodeInfo]:
     """Layers of `model` whose name matches the shell-style `pattern`, in the order in which they run.
 
+    A layer that runs more than once is matched as a whole (`'relu'`) and by its calls (`'relu#2'`).
+
     Raises:
         ValueError: No layer matches, the model is in train mode, or refuses the size.
     """
     _check_model(model)
     result = _first_probe(model, size, None)
+    wanted = '*' if pattern is None else pattern
     seen: dict[str, int] = defaultdict(int)
     found = []
     for layer in result.order:
         seen[layer] += 1
-        if not layer or (pattern is not None and not fnmatch.fnmatchcase(layer, pattern)):
-            continue
-        tap = Tap(layer, seen[layer] - 1)
         name = layer if len(result.calls[layer]) == 1 else f'{layer}#{seen[layer]}'
-        tap = _preactivation(result, tap)
+        if not layer or not any(fnmatch.fnmatchcase(each, wanted) for each in (layer, name)):
+            continue
+        tap = _preactivation(result, Tap(layer, seen[layer] - 1))
         call = result.calls[tap.layer][tap.call]
         tensor = call.input if tap.input else single_tensor(call.output)
         if tensor is None or tensor.ndim < 2:
