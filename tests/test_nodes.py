@@ -228,6 +228,42 @@ def test_names_resolve_to_themselves(zoo, node):
     torch.testing.assert_close(score(images()), again(images()))
 
 
+@pytest.mark.parametrize('weight', [1e16, 2.5e22, -1e16, 1e-7])
+def test_large_weights_are_read_back(zoo, weight):
+    score = resolve(zoo, {3: weight, 'conv:2': -weight}, size=SIZE)
+    again = resolve(zoo, score.names, size=SIZE)
+    assert again.names == score.names
+    assert torch.equal(score(images()), again(images()))
+    assert resolve(zoo, '1e+3*3 + 2', size=SIZE).names == ['1000.0*3 + 2']
+
+
+def test_names_with_signs():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name, module in {'conv+bn': nn.Conv2d(3, 4, 3), 'x - y': nn.Conv2d(4, 4, 3), 'x': nn.Flatten()}.items():
+        model.add_module(name, module)
+    model.add_module('head', nn.Linear(4 * 12 * 12, 4))
+    labels = ['rock + roll', 'jazz', 'Hip - Hop', 'hip jazz']
+    model.eval().pretrained_cfg = {'input_size': (3, 16, 16), 'label_names': labels}
+    x = images()
+    alone = {node: resolve(model, node)(x) for node in ('conv+bn:1', 'x - y:2', 'jazz', 0, 2)}
+    for node, name, expected in (
+        ('conv+bn:1', 'conv+bn:1', alone['conv+bn:1']),
+        ('Rock + Roll', '0 rock + roll', alone[0]),
+        ('hip - hop', '2 Hip - Hop', alone[2]),
+        ('hip - hop - jazz', '2 Hip - Hop - 1 jazz', alone[2] - alone['jazz']),
+        ('0.5*x - y:2 + jazz', '0.5*x - y:2 + 1 jazz', 0.5 * alone['x - y:2'] + alone['jazz']),
+        ('jazz + rock + roll', '1 jazz + 0 rock + roll', alone['jazz'] + alone[0]),
+        ({0: -2, 'conv+bn:1': 3}, '-2.0*0 rock + roll + 3.0*conv+bn:1', 3 * alone['conv+bn:1'] - 2 * alone[0]),
+    ):
+        score = resolve(model, node)
+        assert score.names == [name]
+        assert resolve(model, name).names == [name]
+        torch.testing.assert_close(score(x), expected)
+    with pytest.raises(ValueError, match="unknown class 'hip'"):  # a difference, not the class 'hip jazz'
+        resolve(model, 'hip - jazz')
+
+
 def test_kinds_and_layers(zoo):
     score = resolve(zoo, [1, 'conv:2', lambda x: x.mean((1, 2, 3))], size=SIZE)
     assert score.names == ['1', 'conv:2', '<lambda>']

@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -55,6 +56,7 @@ Node = int | str | Mapping[Any, float] | Callable[[Tensor], Tensor]
 _LAYER = re.compile(
     r'(?P<layer>[^:]*?)(?:#(?P<call>\d+))?:(?:axis(?P<axis>\d+)=)?(?P<channel>\d+)(?:@(?P<position>[\d,\s]+))?'
 )
+_SIGN = re.compile(r'((?<![\d.]e)\s*\+\s*(?=\S)|\s+-\s+)', re.IGNORECASE)  # not that of 1e+16
 _WEIGHT = re.compile(r'(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*(?P<node>.+)', re.IGNORECASE)
 
 
@@ -272,7 +274,35 @@ class _Unit:
 _Parsed = list[tuple[float, '_Unit | Callable[[Tensor], Tensor]']]
 
 
-def _parse(node: Any, layers: Sequence[str]) -> _Parsed:
+class _Names:
+    """What a model calls its layers and, if its own configuration names them, its classes."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = [name for name, _ in model.named_modules() if name]
+
+    @cached_property
+    def classes(self) -> set[str]:
+        """In lower case."""
+        labels = _own_labels(self.model)
+        if labels is None:
+            return set()
+        names = ((*_lemmas(labels, index), _class_name(index, labels)) for index in labels.label_indices())
+        return {_spaced(name) for forms in names for name in forms}
+
+    def know(self, text: str) -> bool:
+        """Whether `text` is one term as it stands, whatever signs are in its name."""
+        weighted = _WEIGHT.fullmatch(text)
+        text = weighted['node'] if weighted else text
+        unit = _LAYER.fullmatch(text)
+        return unit['layer'].strip() in self.layers if unit else _spaced(text) in self.classes
+
+
+def _spaced(text: str) -> str:
+    return ' '.join(text.lower().split())
+
+
+def _parse(node: Any, names: _Names) -> _Parsed:
     """A node of any form as weighted units and callables."""
     if isinstance(node, Mapping):
         if not node:
@@ -281,10 +311,10 @@ def _parse(node: Any, layers: Sequence[str]) -> _Parsed:
         for member, weight in node.items():
             if isinstance(weight, (str, bytes)) or not torch.isfinite(torch.tensor(float(weight))):
                 raise ValueError(f'weight {weight!r} of node {member!r} is not a finite number')
-            parsed += [(float(weight) * inner, unit) for inner, unit in _parse(member, layers)]
+            parsed += [(float(weight) * inner, unit) for inner, unit in _parse(member, names)]
         return parsed
     if isinstance(node, str):
-        return _parse_string(node, layers)
+        return _parse_string(node, names)
     if callable(node):
         return [(1.0, node)]
     try:
@@ -296,15 +326,18 @@ def _parse(node: Any, layers: Sequence[str]) -> _Parsed:
         raise ValueError(f'{node!r} is no node: give {kinds}') from None
 
 
-def _parse_string(text: str, layers: Sequence[str]) -> _Parsed:
+def _parse_string(text: str, names: _Names) -> _Parsed:
     if not text.strip():
         raise ValueError("an empty string is no node: give a class or 'layer:channel'")
     parsed: _Parsed = []
-    pieces = re.split(r'(\s*\+\s*(?=\S)|\s+-\s+)', text.strip())
-    for sign, piece in zip(['+', *pieces[1::2]], pieces[::2], strict=True):
-        weighted = _WEIGHT.fullmatch(piece)
+    pieces = ['+', *_SIGN.split(text.strip())]  # sign, term, sign, term; some signs may belong to a name
+    while pieces:
+        sign, *pieces = pieces
+        length = next((k for k in range(len(pieces), 1, -2) if names.know(''.join(pieces[:k]))), 1)
+        term, pieces = ''.join(pieces[:length]), pieces[length:]
+        weighted = _WEIGHT.fullmatch(term)
         weight = float(weighted['weight']) if weighted else 1.0
-        unit = _parse_unit(weighted['node'] if weighted else piece, layers)
+        unit = _parse_unit(weighted['node'] if weighted else term, names.layers)
         parsed.append((-weight if sign.strip() == '-' else weight, unit))
     return parsed
 
@@ -344,12 +377,16 @@ def _find_layer(name: str, layers: Sequence[str]) -> str:
     raise ValueError(f'unknown layer {name!r}: near names are {", ".join(near)}')
 
 
+def _own_labels(model: nn.Module) -> DatasetInfo | None:
+    cfg = _cfg(model)
+    return CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions')) if cfg.get('label_names') else None
+
+
 def _labels(model: nn.Module, num_classes: int) -> DatasetInfo | None:
     """Class names: those of the model's own configuration, else ImageNet's if the number of classes says so."""
-    cfg = _cfg(model)
-    names = cfg.get('label_names')
+    names = _cfg(model).get('label_names')
     if names and (isinstance(names, dict) or len(names) == num_classes):
-        return CustomDatasetInfo(names, cfg.get('label_descriptions'))
+        return _own_labels(model)
     subset = infer_imagenet_subset({'num_classes': num_classes})
     return ImageNetInfo(subset) if subset else None
 
@@ -360,7 +397,7 @@ def _lemmas(labels: DatasetInfo, index: int) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return ' '.join(re.sub(r'[_\-]+', ' ', text.lower()).split())
+    return _spaced(re.sub(r'[_\-]+', ' ', text))
 
 
 def _find_class(unit: _Unit, num_classes: int, labels: DatasetInfo | None) -> int:
@@ -616,8 +653,8 @@ def resolve(
     wanted = list(nodes) if isinstance(nodes, (list, tuple, range)) else [nodes]
     if not wanted:
         raise ValueError('an empty list of nodes given: name at least one')
-    layers = [name for name, _ in model.named_modules() if name]
-    parsed = [_parse(node, layers) for node in wanted]
+    known = _Names(model)
+    parsed = [_parse(node, known) for node in wanted]
     try:
         result = _first_probe(model, size, in_chans)
     except _Refused as refusal:
