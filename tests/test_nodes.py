@@ -1,5 +1,6 @@
 import argparse
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -486,8 +487,9 @@ def test_modules_that_cannot_be_probed(zoo, change, message):
 
 
 def test_refused_sizes(zoo):
-    with pytest.raises(ValueError, match=r'refuses 20 x 20 images of 3 channel.*own size is 224 x 224'):
+    with pytest.raises(ValueError, match=r'refuses 20 x 20 images of 3 channel.*: give size=.* or state') as caught:
         resolve(zoo, 3, size=(20, 20))
+    assert 'own size' not in str(caught.value)  # nothing states one
     vit = timm.create_model('test_vit').eval()
     with pytest.raises(ValueError, match=r'refuses 100 x 100 .*own size is 160 x 160'):
         resolve(vit, 3, size=(100, 100))
@@ -498,6 +500,18 @@ def test_refused_sizes(zoo):
             resolve(vit, 3, size=size)
     with pytest.raises(ValueError, match='in_chans'):
         resolve(vit, 3, in_chans=0)
+
+
+@pytest.mark.parametrize('size', [None, (8, 8)])
+def test_the_remedy_for_a_model_that_states_nothing_helps(size):
+    """No layer says that its images have two channels, nor a side where none is given."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 8 * 8, 10)).eval()
+    remedy = re.escape("or state all of it: model.pretrained_cfg = {'input_size': (channels, height, width)}")
+    with pytest.raises(ValueError, match=remedy):
+        resolve(model, 3, size=size)
+    model.pretrained_cfg = {'input_size': (2, 8, 8)}
+    score = resolve(model, 3, size=size)
+    assert (score.in_chans, score.size) == (2, (8, 8))
 
 
 @pytest.mark.parametrize(

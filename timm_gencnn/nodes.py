@@ -442,8 +442,8 @@ def _cfg(model: nn.Module) -> dict[str, Any]:
     return cfg if isinstance(cfg, dict) else cfg.to_dict()
 
 
-def _own_size(model: nn.Module) -> tuple[int, int]:
-    """The image side that the model was built for, else the one its configuration names, else 224."""
+def _own_size(model: nn.Module) -> tuple[int, int] | None:
+    """The image side that the model was built for, else the one its configuration names."""
     patches = getattr(model, 'patch_embed', None)
     built = get_model_traits(model).get('img_size')  # by timm's factory, else by the model itself
     built = built or getattr(patches, 'img_size', None) or getattr(model, 'image_size', None)
@@ -451,8 +451,8 @@ def _own_size(model: nn.Module) -> tuple[int, int]:
         return built, built
     if isinstance(built, (tuple, list)) and len(built) == 2:
         return int(built[0]), int(built[1])
-    side = _cfg(model).get('input_size', (3, 224, 224))
-    return int(side[1]), int(side[2])
+    stated = _cfg(model).get('input_size')
+    return (int(stated[1]), int(stated[2])) if stated else None
 
 
 def _own_channels(model: nn.Module) -> list[int]:
@@ -490,7 +490,7 @@ def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
     if in_chans is not None and (type(in_chans) is not int or in_chans < 1):
         raise ValueError(f'in_chans {in_chans!r} is not a positive number of channels')
     own = _own_size(model)
-    side = own if size is None else _check_size(size)
+    side = _check_size(size) if size is not None else own or (224, 224)
     refusal: Exception | None = None
     for chans in [in_chans] if in_chans else _own_channels(model):
         try:
@@ -501,9 +501,9 @@ def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
             refusal = refusal or error
     chans = in_chans or _own_channels(model)[0]
     reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-    remedy = (
-        f"the model's own size is {own[0]} x {own[1]}" if side != own else 'give size=(height, width) and in_chans='
-    )
+    remedy = f"the model's own size is {own[0]} x {own[1]}" if own and side != own else 'give size=(height, width)'
+    if own is None:
+        remedy += ", or state all of it: model.pretrained_cfg = {'input_size': (channels, height, width)}"
     raise _Refused(
         f'the model refuses {side[0]} x {side[1]} images of {chans} channel(s) ({reason}): {remedy}'
     ) from refusal
