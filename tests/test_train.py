@@ -132,6 +132,36 @@ def test_a_killed_run_goes_on_bit_equal(images, straight, tmp_path, monkeypatch,
     assert (straight / 'summary.csv').read_text() == (tmp_path / 'run/summary.csv').read_text()
 
 
+def rows(run: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run / 'summary.csv').open()))
+
+
+@pytest.mark.parametrize('epoch', [1, 3])
+def test_another_batch_size_changes_neither_switch_nor_schedule(images, straight, tmp_path, monkeypatch, epoch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, epoch + 1, 'train_one_epoch')
+        with pytest.raises(Killed):
+            cli.main(flags(images, tmp_path, *FULL))
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto', '-b', '16')) == 0
+    for a, b in zip(rows(straight), rows(tmp_path / 'run'), strict=True):
+        assert a['train_phase'] == b['train_phase']
+        assert float(a['lr']) == pytest.approx(float(b['lr']))
+
+
+def test_the_switch_of_a_checkpoint_of_0_1_0_is_found(images, straight, tmp_path, monkeypatch):
+    path = tmp_path / 'old.pth.tar'
+    checkpoint = torch.load(straight / 'checkpoint-2.pth.tar', weights_only=False)
+    assert checkpoint['task_state'].pop('switch_epoch') == 2
+    torch.save(checkpoint, path)
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', str(path))) == 0
+    assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
+
+
+def test_the_switch_is_counted_from_the_first_epoch(images, tmp_path):
+    assert cli.main(flags(images, tmp_path, '--start-epoch', '2', '--epochs', '6', '--gen-epochs', '3')) == 0
+    assert [row['epoch'] + row['train_phase'] for row in rows(tmp_path / 'run')] == ['2GG', '3DG', '4DG', '5DG']
+
+
 def test_a_truncated_last_checkpoint_falls_back(images, straight, tmp_path, caplog):
     shutil.copytree(straight, tmp_path / 'run')  # copies, where the run has hard links
     for name in ('last', 'checkpoint-3'):

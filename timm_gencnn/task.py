@@ -108,6 +108,7 @@ class GenerativeTask(ClassificationTask):
         self.generative = phase != 'DG'
         self.steps = 0
         self.switch_step: int | None = None
+        self.switch_epoch: float | None = None  # for the training loop, which alone knows how long an epoch is
         self.log_z: Tensor | None = None  # running mean of Z_y, as a logarithm [C]
         self.ess: Tensor | None = None  # running mean [C]
         self.ess_history: list[float] = []
@@ -298,6 +299,7 @@ class GenerativeTask(ClassificationTask):
             state['bias'] = {name: bias.detach().clone() for name, bias in self._biases(ema).items()}
         if not ema:
             state.update({name: getattr(self, name) for name in _STATE}, new_counts=self._new_counts)
+            state['switch_epoch'] = self.switch_epoch
         return state
 
     def load_task_state(
@@ -329,6 +331,7 @@ class GenerativeTask(ClassificationTask):
             for name in _STATE:
                 value = state[name]
                 setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
+            self.switch_epoch = state.get('switch_epoch')  # unknown to 0.1.0
             new_counts = state['new_counts']
             self._new_counts = None if new_counts is None else new_counts.to(self.device)
         with torch.no_grad():

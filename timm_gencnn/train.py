@@ -102,6 +102,9 @@ class Trainer:
         self.epoch = self._restore(path) if path else 0
         if args.start_epoch is not None:
             self.epoch = args.start_epoch
+        self.first_step = self.task.steps - self.epoch * len(self.loader)  # where epoch 0 of this length would begin
+        if self.task.gen_steps is not None:
+            self.task.gen_steps += self.first_step
         if args.distributed:
             buffers = {'broadcast_buffers': False} if args.no_ddp_bb else {}
             self.task.prepare_distributed(device_ids=[device], **buffers)
@@ -204,19 +207,23 @@ class Trainer:
         return epoch or 0
 
     def _create_schedule(self) -> PhaseSchedule:
+        task = self.task
         schedule = PhaseSchedule(self.optimizer, self.args, self.updates_per_epoch)
-        if self.task.switch_step is not None:
-            schedule.restart(*self._epoch_and_update(self.task.switch_step))
+        if task.switch_step is not None:
+            if task.switch_epoch is None:  # a checkpoint of 0.1.0 or of --script
+                task.switch_epoch = task.switch_step / len(self.loader)
+            schedule.restart(*self._epoch_and_update(task.switch_epoch))
         if self.epoch:
             schedule.step(self.epoch)
             schedule.step_update(self.epoch * self.updates_per_epoch)
         return schedule
 
     def _switched(self) -> None:
-        self.schedule.restart(*self._epoch_and_update(self.task.steps))
+        self.task.switch_epoch = (self.task.steps - self.first_step) / len(self.loader)
+        self.schedule.restart(*self._epoch_and_update(self.task.switch_epoch))
 
-    def _epoch_and_update(self, step: int) -> tuple[int, int]:
-        epoch, batch = divmod(step, len(self.loader))
+    def _epoch_and_update(self, epochs: float) -> tuple[int, int]:
+        epoch, batch = divmod(round(epochs * len(self.loader)), len(self.loader))
         return epoch, epoch * self.updates_per_epoch + batch // self.args.grad_accum_steps
 
     def _create_saver(self, resumed: str | None) -> utils.CheckpointSaver:
