@@ -173,6 +173,27 @@ def test_a_truncated_last_checkpoint_falls_back(images, straight, tmp_path, capl
     assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
 
 
+@pytest.mark.parametrize(('epoch', 'phases'), [(1, 'GG GG GG DG'), (2, 'GG GG DG DG'), (3, 'GG GG DG DG')])
+def test_an_epoch_that_was_cut_short_is_repeated(images, tmp_path, monkeypatch, epoch, phases):
+    """The switch is at the end of epoch 2, in the middle of it (before the kill), or long ago."""
+    argv = flags(images, tmp_path, *FULL, '--recovery-interval', '2')
+    argv += ['--gen-epochs', {1: '3', 2: '2.5', 3: '2'}[epoch]]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6 * epoch + 5, '_backward')
+        with pytest.raises(Killed):
+            cli.main(argv)
+    steps = []
+    monkeypatch.setattr(PhaseSchedule, 'step_update', lambda self, n: steps.append(n - self.first_update))
+    assert cli.main([*argv, '--resume', f'{tmp_path}/run/recovery-{epoch}-3.pth.tar']) == 0
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == list('0123')
+    assert [row['train_phase'] for row in rows(tmp_path / 'run')] == phases.split()
+    assert min(steps) >= 0  # a schedule does not start before its phase
+    state = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)
+    assert state['epoch'] == 3
+    assert state['task_state']['steps'] == 24 + 4  # every epoch whole, and the four steps before the kill
+    assert state['task_state']['switch_epoch'] == {1: 3, 2: 2, 3: 2}[epoch]
+
+
 def test_the_newest_recovery_checkpoint_is_found(straight, tmp_path):
     for batch in (3, 5, 10):
         shutil.copy(straight / 'checkpoint-2.pth.tar', tmp_path / f'recovery-2-{batch}.pth.tar')

@@ -27,12 +27,17 @@ def find_checkpoint(folder: Path) -> Path | None:
         except Exception as error:  # whatever unpickling a damaged file raises
             _logger.warning(f'{path} cannot be read ({type(error).__name__}), looking for an earlier one')
             continue
-        whole = not path.name.startswith('recovery')
-        batch = 0 if whole else int(path.name.partition('.')[0].rpartition('-')[2])  # recovery-EPOCH-BATCH.pth.tar
+        whole = not is_recovery(path)
+        batch = 0 if whole else int(path.name.partition('.')[0].rpartition('-')[2])
         age = (epoch, whole, batch)
         if age > newest:
             newest, path_of_newest = age, path
     return path_of_newest
+
+
+def is_recovery(path: Path) -> bool:
+    """Whether a checkpoint was written within an epoch; only its name, recovery-EPOCH-BATCH.pth.tar, tells."""
+    return path.name.startswith('recovery')
 
 
 def save(saver: CheckpointSaver, epoch: int, metric: float | None) -> None:

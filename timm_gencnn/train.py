@@ -204,6 +204,8 @@ class Trainer:
                 load_task_ema_checkpoint(self.task, path)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f'cannot resume from {path!r}: {error}') from error
+        if epoch and checkpoints.is_recovery(Path(path)):
+            epoch -= 1  # cut short, it is repeated from its start
         return epoch or 0
 
     def _create_schedule(self) -> PhaseSchedule:
@@ -212,6 +214,7 @@ class Trainer:
         if task.switch_step is not None:
             if task.switch_epoch is None:  # a checkpoint of 0.1.0 or of --script
                 task.switch_epoch = task.switch_step / len(self.loader)
+            task.switch_epoch = min(task.switch_epoch, self.epoch)  # earlier if the epoch of the switch is repeated
             schedule.restart(*self._epoch_and_update(task.switch_epoch))
         if self.epoch:
             schedule.step(self.epoch)
