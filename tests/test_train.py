@@ -26,9 +26,10 @@ from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
 
-from timm_gencnn import checkpoints, cli, train, train_args, train_data
+from timm_gencnn import checkpoints, cli, train, train_args, train_data, validate
+from timm_gencnn.config_file import RECIPES, ConfigParser
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
-from timm_gencnn.train_args import RECIPES, add_arguments
+from timm_gencnn.train_args import add_arguments
 
 CLASSES = 3
 
@@ -48,7 +49,7 @@ def flags(images: Path, out: Path, *more: str) -> list[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = ConfigParser()
     add_arguments(parser)
     return parser.parse_args(argv[1:])
 
@@ -546,10 +547,36 @@ def unused_port() -> int:
 
 def test_flags_win_over_the_configuration_in_any_order(tmp_path):
     path = tmp_path / 'config.yaml'
-    path.write_text('epochs: 7\nlr: 0.5\nno-aug: true\n')
-    for argv in (['-c', str(path), '--lr', '0.25'], ['--lr', '0.25', '-c', str(path)]):
+    path.write_text('epochs: 7\nlr: 0.5\nno-aug: true\nbatch_size: 64\n')
+    config, given = ['-c', str(path)], ['--lr', '0.25', '--batch-size', '128']  # the latter is the default
+    for argv in ([*config, *given], [*given, *config]):
         args = parse(['train', *argv])
-        assert (args.epochs, args.lr, args.no_aug) == (7, 0.25, True)
+        assert (args.epochs, args.lr, args.no_aug, args.batch_size) == (7, 0.25, True, 128)
+
+
+def test_settings_are_converted_as_flags_are(tmp_path, capsys):
+    path = tmp_path / 'config.yaml'
+    path.write_text('lr: 1e-3\n')  # a string to YAML 1.1
+    assert parse(['train', '-c', str(path)]).lr == 0.001
+    path.write_text('epochs: ten\n')
+    with pytest.raises(SystemExit):
+        parse(['train', '-c', str(path)])
+    assert "argument --epochs: invalid int value: 'ten'" in capsys.readouterr().err
+
+
+def test_validate_reads_a_configuration_too(tmp_path):
+    path = tmp_path / 'config.yaml'
+    path.write_text('noise: 1e-1\nbatch_size: 32\nsplit: test\n')
+    parser = ConfigParser()
+    validate.add_arguments(parser)
+    args = parser.parse_args(['-b', '256', '-c', str(path)])
+    assert (args.noise, args.batch_size, args.split) == (0.1, 256, 'test')
+
+
+def test_the_settings_of_a_run_are_a_configuration(images, straight, tmp_path):
+    argv = ['train', '-c', str(straight / 'args.yaml'), '--output', str(tmp_path)]
+    assert cli.main(argv) == 0
+    assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
 
 
 def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):

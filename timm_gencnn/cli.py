@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from .config_file import ConfigParser
+
 COMMANDS = {
     'visualize': ('visualize', 'draw images for nodes of a network'),
     'gallery': ('gallery', 'draw many nodes into one HTML page'),
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description='Generative modelling of convolutional networks (Dai, Lu, Wu, ICLR 2015) for any timm model.',
     )
     parser.add_argument('--version', action='store_true', help='print the version')
-    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND')
+    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', parser_class=ConfigParser)
     chosen = argv[0] if argv and argv[0] in COMMANDS else None
     module = None
     known: list[str] = []

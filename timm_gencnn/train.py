@@ -26,6 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, script, train_data
+from .config_file import ConfigParser
 from .loss import check_targets
 from .reference import natural_for
 from .schedule import PhaseSchedule
@@ -420,6 +421,6 @@ class Trainer:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ConfigParser(description=__doc__)
     add_arguments(parser)
     main(parser.parse_args())

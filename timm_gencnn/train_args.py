@@ -6,42 +6,13 @@ torchscript and Apex. `--script` runs timm's own script where those are wanted.
 
 import argparse
 import os
-from difflib import get_close_matches
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from timm.utils import ParseKwargs
 
 from .task import PHASES
-
-RECIPES = Path(__file__).parent / 'recipes'
-
-
-class LoadConfig(argparse.Action):
-    """Read flags from a YAML file, or from a shipped recipe. Flags given on the command line win."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        path = Path(values)
-        if not path.exists() and (RECIPES / f'{values}.yaml').exists():
-            path = RECIPES / f'{values}.yaml'
-        try:
-            config = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            recipes = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
-            parser.error(f'cannot read configuration {values!r} ({error}); shipped recipes: {recipes}')
-        if not isinstance(config, dict):
-            parser.error(f'{path.name}: expected lines of the form "flag_name: value"')
-        for key, value in config.items():
-            key = key.replace('-', '_')
-            if not hasattr(namespace, key):
-                near = get_close_matches(key, vars(namespace), n=1)
-                parser.error(f'{path.name}: unknown setting {key!r}' + (f', perhaps {near[0]!r}' if near else ''))
-            if getattr(namespace, key) is parser.get_default(key):  # not given on the command line before
-                setattr(namespace, key, value)
-        setattr(namespace, self.dest, str(values))
 
 
 def ess_threshold(text: str) -> float | str:
@@ -86,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='PATH',
         help="run timm's own train.py with the generative task; its flags and the generative ones follow",
     )
-    parser.add_argument('-c', '--config', action=LoadConfig, default='', metavar='FILE', help='YAML file or recipe')
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file or recipe')
     add_generative_arguments(parser)
 
     add = parser.add_argument_group('data').add_argument

@@ -18,7 +18,6 @@ from .generative import as_generative
 from .loss import check_targets
 from .reference import per_channel
 from .runs import model_arguments
-from .train_args import LoadConfig
 from .train_data import check_classes, open_dataset, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     switch: dict[str, Any] = {'action': 'store_true'}
     add('data', nargs='?', metavar='DIR', help='as --data-dir')
-    add('-c', '--config', action=LoadConfig, default='', metavar='FILE', help='YAML file')
+    add('-c', '--config', default='', metavar='FILE', help='YAML file')
     add('--data-dir', metavar='DIR', help='root folder of the data set')
     add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
     add('--split', default='validation', metavar='NAME')

@@ -22,6 +22,7 @@ from timm.data import resolve_data_config
 
 import timm_gencnn
 from timm_gencnn import zoo
+from timm_gencnn.config_file import ConfigParser
 from timm_gencnn.generative import as_generative
 from timm_gencnn.train_args import add_arguments
 from timm_gencnn.train_data import open_dataset, plain_loader
@@ -36,7 +37,7 @@ def test_error(model: torch.nn.Module, loader) -> tuple[float, float]:
 
 def command(run: argparse.Namespace, dataset: str) -> str:
     """The command line of a run: its recipe, and what differed from it."""
-    parser = argparse.ArgumentParser()
+    parser = ConfigParser()
     add_arguments(parser)
     recipe = vars(parser.parse_args(['-c', run.config]))
     flags = {k: v for k, v in vars(run).items() if k in SETTINGS and v != recipe[k]}

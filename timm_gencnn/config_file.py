@@ -1,0 +1,45 @@
+"""Command lines that read further flags from a YAML file: `gencnn train -c FILE`."""
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPES = Path(__file__).parent / 'recipes'
+# What a run's args.yaml holds besides its flags: the command, and what timm's init_distributed_device finds.
+_NO_FLAGS = {'command', 'version', 'distributed', 'world_size', 'rank', 'local_rank'}
+
+
+class ConfigParser(argparse.ArgumentParser):
+    """A parser whose `--config` names a YAML file, or a shipped recipe, of defaults: flags of the command line win."""
+
+    def parse_known_args(  # type: ignore[override]  # two overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse twice: first for --config, then with its values as the defaults, which argparse converts."""
+        given, _ = super().parse_known_args(args)
+        if getattr(given, 'config', ''):
+            self.set_defaults(**self._read(given.config, list(vars(given))))
+        return super().parse_known_args(args, namespace)
+
+    def _read(self, name: str, known: list[str]) -> dict[str, Any]:
+        path = Path(name)
+        if not path.exists() and (RECIPES / f'{name}.yaml').exists():
+            path = RECIPES / f'{name}.yaml'
+        try:
+            config = yaml.safe_load(path.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            recipes = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
+            self.error(f'cannot read configuration {name!r} ({error}); shipped recipes: {recipes}')
+        if not isinstance(config, dict):
+            self.error(f'{path.name}: expected lines of the form "flag_name: value"')
+        config = {str(key).replace('-', '_'): value for key, value in config.items()}
+        config = {key: value for key, value in config.items() if key not in _NO_FLAGS}
+        for key in config:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                self.error(f'{path.name}: unknown setting {key!r}' + (f', perhaps {near[0]!r}' if near else ''))
+        return config
