@@ -533,6 +533,33 @@ def test_two_ranks(images, tmp_path, unused_port):
     assert state['task_state']['class_counts'].sum() == 8  # the batch of both ranks at the first record
 
 
+def run_rank_with_batch_norm(rank: int, argv: list[str], port: int, folder: Path) -> None:
+    saved = train.Trainer._finish_epoch
+
+    def finish(self, *args):
+        for ema in (False, True):
+            module = train.utils.unwrap_model(self.task.get_trainable_module(ema=ema))
+            torch.save({k: v for k, v in module.state_dict().items() if 'running' in k}, folder / f'{ema}-{rank}.pt')
+        saved(self, *args)
+
+    train.Trainer._finish_epoch = finish
+    run_rank(rank, argv, port)
+
+
+def test_ranks_agree_on_the_statistics_of_batch_norm(images, tmp_path, unused_port):
+    argv = flags(
+        images, tmp_path, '--model', 'test_resnet', '--input-size', '3', '32', '32', '-b', '4', *FULL, '--epochs', '1'
+    )
+    mp.start_processes(run_rank_with_batch_norm, args=(argv, unused_port, tmp_path), nprocs=2, start_method='spawn')
+    statistics = [[torch.load(tmp_path / f'{ema}-{rank}.pt') for rank in range(2)] for ema in (False, True)]
+    for first, second in statistics:
+        assert first
+        assert same(first, second)
+    assert not same(statistics[0][0], statistics[1][0])  # the average is another model
+    saved = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['state_dict_ema']
+    assert same(statistics[1][0], {k: saved[k] for k in statistics[1][0]})
+
+
 @pytest.fixture
 def unused_port() -> int:
     import socket

@@ -267,9 +267,7 @@ class Trainer:
                 self._mixer().mixup_enabled = False
             train_metrics = self.train_one_epoch(epoch)
             if self.args.distributed and self.args.dist_bn:
-                utils.distribute_bn(
-                    self.task.get_trainable_module(), self.args.world_size, self.args.dist_bn == 'reduce'
-                )
+                self._distribute_batch_norm()
             if (epoch + 1) % self.args.val_interval and epoch + 1 < self.schedule.epochs:
                 self.schedule.step(epoch + 1)
                 continue
@@ -277,6 +275,12 @@ class Trainer:
             if self.task.has_ema() and not self.args.model_ema_force_cpu:
                 eval_metrics = self.validate(ema=True)
             self._finish_epoch(epoch, train_metrics, eval_metrics, time.perf_counter() - begin)
+
+    def _distribute_batch_norm(self) -> None:
+        averaged = self.task.has_ema() and not self.args.model_ema_force_cpu
+        for ema in (False, True) if averaged else (False,):
+            module: Any = self.task.get_trainable_module(ema=ema)
+            utils.distribute_bn(module, self.args.world_size, self.args.dist_bn == 'reduce')
 
     def _mixer(self) -> Any:
         return self.loader if isinstance(self.mixup, FastCollateMixup) else self.mixup
