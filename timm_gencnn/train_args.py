@@ -48,7 +48,7 @@ def add_generative_arguments(parser: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `gencnn train`."""
+    """Add the flags of `gencnn train`. Of a ConfigParser: any other parser does not read the file that -c names."""
     parser.epilog = "Other flags of timm's train.py: run it with --script."
     switch: dict[str, Any] = {'action': 'store_true'}
     parser.add_argument(
