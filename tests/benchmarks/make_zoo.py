@@ -84,7 +84,7 @@ def main() -> None:
 
     train = loader(run.train_split)
     estimate = model.estimate_log_z(train, progress=False)
-    if run.phase == 'GG':  # corrects the running estimate that the checkpoint was folded with
+    if run.phase == 'GG' and not run.hybrid:  # corrects the running estimate that the checkpoint was folded with
         model.fold_intercepts(priors=sum(torch.bincount(y, minlength=model.num_classes) for _, y in train))
     test = loader(run.val_split)
     error, nll = test_error(model, test)
