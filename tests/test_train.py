@@ -3,6 +3,7 @@
 import argparse
 import csv
 import importlib.machinery
+import importlib.util
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ import torch.multiprocessing as mp
 import yaml
 from pictures import SIZE, draw_bars
 from PIL import Image
+from safetensors.torch import load_file
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
@@ -380,8 +382,9 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def test_parquet_files_give_the_same_run_as_folders(images, tmp_path, monkeypatch):
-    """`hfds/FOLDER`, one of timm's ways to name a data set, for unlabeled images as well."""
+@pytest.fixture
+def parquet(images, tmp_path, monkeypatch) -> str:
+    """The images as `hfds/FOLDER`, one of timm's ways to name a data set."""
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
     features = datasets.Features({'img': datasets.Image(), 'label': datasets.ClassLabel(CLASSES)})
     for split in ('train', 'validation'):
@@ -389,8 +392,12 @@ def test_parquet_files_give_the_same_run_as_folders(images, tmp_path, monkeypatc
         labels = [int(path.parent.name[-1]) for path in paths]
         columns = {'img': [str(path) for path in paths], 'label': labels}
         datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f'data/{split}-00000-of-00001.parquet')
+    return f'hfds/{tmp_path}/data'
+
+
+def test_parquet_files_give_the_same_run_as_folders(images, parquet, tmp_path):
+    """For unlabeled images as well."""
     states = []
-    parquet = f'hfds/{tmp_path}/data'
     for more in (
         ['--unlabeled-data-dir', str(images)],
         ['--dataset', parquet, '--unlabeled-dataset', parquet, '--input-key', 'img'],
@@ -399,6 +406,25 @@ def test_parquet_files_give_the_same_run_as_folders(images, tmp_path, monkeypatc
         assert cli.main(flags(images, tmp_path, '--epochs', '2', *more)) == 0
         states.append(weights(tmp_path / 'run/last.pth.tar'))
     assert same(*states)
+
+
+@pytest.mark.parametrize('more', [[], ['--hybrid', '0.5']], ids=['generative', 'hybrid'])
+def test_the_zoo_folds_intercepts_into_biases_that_were_not_learned(images, parquet, tmp_path, monkeypatch, more):
+    spec = importlib.util.spec_from_file_location('make_zoo', Path(__file__).parent / 'benchmarks/make_zoo.py')
+    make_zoo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_zoo)
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('epochs: 1\n')
+    argv = flags(
+        images, tmp_path, '-c', str(recipe), '--dataset', parquet, '--input-key', 'img', '--phase', 'GG', *more
+    )
+    assert cli.main(argv) == 0
+    checkpoint = tmp_path / 'run/last.pth.tar'
+    words = [str(checkpoint), 'bars', '--folder', str(tmp_path / 'zoo'), '--dataset', 'bars']
+    monkeypatch.setattr(sys, 'argv', ['make_zoo', *words])
+    make_zoo.main()
+    saved = load_file(tmp_path / 'zoo/lenet.bars.safetensors')
+    assert torch.equal(saved['fc2.bias'], weights(checkpoint)['fc2.bias']) == bool(more)
 
 
 def test_no_data_set_is_a_clear_error():
