@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from timm_gencnn import chains, cli, hmc
+from timm_gencnn import chains, cli, hmc, log_z
+from timm_gencnn.nodes import list_nodes
 from timm_gencnn.samples import Samples, write_atomically
 from timm_gencnn.visualize import move, visualize
 
@@ -89,6 +91,25 @@ def test_pictures_are_the_same_where_gradients_are_off(mode: Any, temperature: f
     with mode():
         samples = quick(model, ['conv:1', 1], temperature=temperature, steps=65)
     assert torch.equal(samples.images, expected.images)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_convnext'])
+def test_a_network_that_was_trained_with_gradient_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures and log Z, without a second forward pass; the flags are as they were."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    nodes = [1, 'stem:2' if name == 'test_convnext' else 'blocks.2.mlp.fc1:2']
+    draw = lambda: visualize(model, nodes, n=1, steps=8, progress=False).images  # noqa: E731
+    estimate = lambda: log_z(model, 1, n=2, levels=2, progress=False).log_z  # noqa: E731
+    expected = draw(), estimate()
+    model.set_grad_checkpointing(True)
+    flags = [getattr(module, 'grad_checkpointing', None) for module in model.modules()]
+    assert True in flags
+    monkeypatch.setattr(torch.utils.checkpoint, 'checkpoint', None)
+    torch.testing.assert_close(draw(), expected[0], atol=1e-3, rtol=0)
+    assert estimate() == pytest.approx(expected[1], abs=1e-3)
+    assert len(list_nodes(model)) > 5
+    assert [getattr(module, 'grad_checkpointing', None) for module in model.modules()] == flags
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ layer's output depends on one single entry of the last per-channel parameter (bi
 that ran before it. That holds for NCHW, NHWC and token layouts alike, and is read off exact zeros of a gradient.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -127,6 +128,19 @@ def class_logits(output: Any) -> Tensor:
     return found
 
 
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """No module of timm recomputes its activations in the backward pass inside; restored on the way out."""
+    modules: list[Any] = [module for module in model.modules() if getattr(module, 'grad_checkpointing', False)]
+    try:
+        for module in modules:
+            module.grad_checkpointing = False
+        yield
+    finally:
+        for module in modules:
+            module.grad_checkpointing = True
+
+
 def probe(
     model: nn.Module,
     in_chans: int,
@@ -180,7 +194,7 @@ def probe(
             if own and next(module.children(), None) is not None:  # used before, between or after its children
                 handles.append(module.register_forward_pre_hook(enter(own)))
             handles.append(module.register_forward_hook(record(name, own)))
-        with torch.enable_grad():
+        with torch.enable_grad(), without_checkpointing(model):  # a backward pass would recompute without the aliases
             functional_call(model, params, (result.images.clone(),))  # a copy: a model may normalise in place
     except StopForward:
         pass

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import chains, diagnostics, hmc
+from .layouts import without_checkpointing
 from .nodes import Node, ScoreFunction, resolve
 from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
@@ -287,12 +288,16 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside, which saves a third of the work; restored on the way out."""
+    """No parameter asks for a gradient inside, which saves a third of the work, and no activation is computed twice.
+
+    All is as it was on the way out.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     try:
-        yield
+        with without_checkpointing(model):
+            yield
     finally:
         for p in trainable:
             p.requires_grad_(True)
