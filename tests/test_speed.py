@@ -179,6 +179,28 @@ def test_weights_come_back_after_an_error(resnet):
     assert resnet.layer2[0].conv1.weight.stride() == stride
 
 
+@pytest.mark.parametrize(
+    ('context', 'owner', 'method'),
+    [(channels_last, torch.Tensor, 'contiguous'), (frozen, nn.Parameter, 'requires_grad_')],
+)
+def test_weights_come_back_after_an_error_in_the_middle_of_the_change(resnet, monkeypatch, context, owner, method):
+    state = lambda: [(p.data_ptr(), p.stride(), p.requires_grad) for p in resnet.parameters()]  # noqa: E731
+    before, change, calls = state(), getattr(owner, method), 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return change(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, interrupted)
+    with pytest.raises(KeyboardInterrupt), context(resnet):
+        pass
+    assert calls >= 3
+    assert state() == before
+
+
 @pytest.mark.parametrize(('temperature', 'steps'), [(1.0, 70), (None, 12)])
 def test_the_order_of_the_weights_does_not_change_the_images(resnet, monkeypatch, temperature, steps):
     fast = quick(resnet, 1, steps=steps, temperature=temperature)

@@ -293,9 +293,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
     All is as it was on the way out.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
     try:
+        for p in trainable:
+            p.requires_grad_(False)
         with without_checkpointing(model):
             yield
     finally:
@@ -311,9 +311,9 @@ def channels_last(model: nn.Module) -> Iterator[None]:
     out so are the tensors.
     """
     kept = [(p, p.data) for p in model.parameters() if p.ndim == 4]
-    for p, data in kept:
-        p.data = data.contiguous(memory_format=torch.channels_last)
     try:
+        for p, data in kept:
+            p.data = data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
         for p, data in kept:
