@@ -112,6 +112,36 @@ def test_a_network_that_was_trained_with_gradient_checkpointing(name: str, monke
     assert [getattr(module, 'grad_checkpointing', None) for module in model.modules()] == flags
 
 
+class Extra(Net):
+    """A network with an extra state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = {'scale': 1}
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+def test_an_extra_state_that_is_no_tensor_counts_as_weights() -> None:
+    model = Extra()
+    digests = [quick(model, 1).settings['weights'], quick(Extra(), 1).settings['weights']]
+    model.state = {'scale': 2}
+    digests.append(room.weights_digest(model))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_weights_are_read_before_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room._Run, 'run', lambda self: pytest.fail('sampled'))
+    model = Extra()
+    model.get_extra_state = lambda: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        quick(model, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
 

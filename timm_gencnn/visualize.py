@@ -107,6 +107,7 @@ def visualize(
         if steps is None:
             steps = paper.gradients(set(score.kinds) == {'class'}) if paper else STEPS
         views = [views_of(kind, score.in_chans) for kind in score.kinds] if regime == 'gallery' else None
+        weights = weights_digest(net)
         run = _Run(
             net, nodes, score, q, views, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
             progress,
@@ -127,7 +128,7 @@ def visualize(
         notes.append(stuck)
     settings = {
         'model': name,
-        'weights': weights_digest(net),
+        'weights': weights,
         'nodes': [x if isinstance(x, (int, str)) else label for x, label in zip(nodes, score.names, strict=True)],
         'n': n,
         'steps': steps,
@@ -265,9 +266,15 @@ def move(model: nn.Module, device: str | torch.device) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a model's state_dict: names, shapes, types and values."""
+    """First 16 hexadecimal digits of the SHA-256 of a model's state_dict: names, shapes, types and values.
+
+    What is no tensor, such as a module's extra state, counts by its `repr`.
+    """
     sha = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            sha.update(f'{name} {value!r}'.encode())
+            continue
         value = value.detach().cpu().contiguous()
         sha.update(f'{name} {tuple(value.shape)} {value.dtype}'.encode())
         sha.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b'')
