@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_gencnn import chains, cli, hmc, log_z
 from timm_gencnn.nodes import list_nodes
+from timm_gencnn.reference import White
 from timm_gencnn.samples import Samples, write_atomically
 from timm_gencnn.visualize import move, visualize
 
@@ -176,6 +177,18 @@ def test_the_cpus_model_runs_on_the_gpu() -> None:
     assert model.head.weight.is_cuda
     move(model, 'cpu')
     assert not model.head.weight.is_cuda
+
+
+def test_settings_of_a_reference_that_no_file_can_hold_are_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Mine(White):
+        def settings(self) -> dict[str, Any]:
+            return super().settings() | {'scale': torch.ones(2)}
+
+    monkeypatch.setattr(room._Run, 'run', lambda self: pytest.fail('sampled'))
+    with pytest.raises(ValueError, match=r'numbers, strings and lists, for JSON.*Tensor'):
+        quick(Net(), 1, reference=Mine((3, 16, 16)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -338,12 +338,16 @@ def make_reference(
     """The reference by name, with the mean and standard deviation by which the model normalises its images.
 
     Raises:
-        ValueError: An unknown name, or a reference of another shape than the model's images.
+        ValueError: An unknown name, a reference of another shape than the model's images, or settings that are no JSON.
     """
     shape = (channels, *size)
     if not isinstance(reference, str):
         if tuple(reference.shape) != shape:
             raise ValueError(f'the reference draws images of shape {tuple(reference.shape)}, the model takes {shape}')
+        try:
+            json.dumps(reference.settings())
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'settings() of the reference must be numbers, strings and lists, for JSON: {e}') from None
         return reference
     if reference == 'white':
         return White(shape)
