@@ -143,6 +143,17 @@ def test_the_weights_are_read_before_the_budget_is_spent(monkeypatch: pytest.Mon
         quick(model, 1)
 
 
+@pytest.mark.parametrize('kwargs', [{}, {'preset': 'paper-lenet', 'steps': 900}])
+def test_a_configuration_as_timms_own_object(kwargs: dict[str, Any]) -> None:
+    model = timm.create_model('gencnn_lenet.vis_mnist', pretrained=True).eval()
+    expected = quick(model, 3, **{'size': 28} | kwargs)
+    fields = {k: v for k, v in model.pretrained_cfg.items() if k in timm.models.PretrainedCfg.__dataclass_fields__}
+    model.pretrained_cfg = timm.models.PretrainedCfg(**fields)
+    samples = quick(model, 3, **{'size': 28} | kwargs)
+    assert torch.equal(samples.images, expected.images)
+    assert samples.settings == expected.settings
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import chains, diagnostics, hmc
 from .layouts import without_checkpointing
-from .nodes import Node, ScoreFunction, resolve
+from .nodes import Node, ScoreFunction, _cfg, resolve
 from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
@@ -101,8 +101,7 @@ def visualize(
     with frozen(net):
         score = resolve(net, nodes, size=sides(size, reference))
         if paper:
-            cfg = getattr(net, 'pretrained_cfg', None) or {}
-            reference = White((score.in_chans, *score.size), paper.normalised_sigma(cfg))
+            reference = White((score.in_chans, *score.size), paper.normalised_sigma(_cfg(net)))
         q = make_reference(reference, net, score.in_chans, score.size, where)
         if steps is None:
             steps = paper.gradients(set(score.kinds) == {'class'}) if paper else STEPS
@@ -282,7 +281,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _describe(model: nn.Module) -> str:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    cfg = _cfg(model)
     arch, tag = cfg.get('architecture'), cfg.get('tag')
     return f'{arch}.{tag}' if arch and tag else arch or type(model).__name__
 
@@ -352,7 +351,7 @@ def make_reference(
     if reference == 'white':
         return White(shape)
     if reference == 'natural':
-        return natural_for(getattr(model, 'pretrained_cfg', None) or {}, channels, size, device)
+        return natural_for(_cfg(model), channels, size, device)
     raise ValueError(f"unknown reference {reference!r}: 'natural', 'white' or an object of timm_gencnn.reference")
 
 
