@@ -289,7 +289,12 @@ def test_grid_has_a_row_per_node_and_shows_in_a_notebook(lenet):
     [
         (('exact', 1.002, 900.0), 'converged (R-hat 1.002, ESS 900)'),
         (('exact', 1.8, 900.0), 'not converged: R-hat 1.80, run longer'),
+        (('exact', 1.0101, 900.0), 'not converged: R-hat 1.0101, run longer'),
+        (('exact', math.nextafter(1.01, 2), 900.0), 'not converged: R-hat 1.0100000000000002, run longer'),
+        (('exact', math.inf, 900.0), 'not converged: R-hat inf, run longer'),
+        (('exact', 1.01, 400.0), 'converged (R-hat 1.010, ESS 400)'),
         (('exact', 1.002, 90.0), 'only 90 effective draws'),
+        (('exact', 1.002, 399.9), 'only 399 effective draws'),
         (('exact', math.nan, math.nan), 'not converged'),
         (('gallery', math.nan, math.nan), 'not samples of the model at T = 1'),
     ],

@@ -27,9 +27,10 @@ def verdict(regime: str, r_hat: float, ess: float) -> str:
     if math.isnan(r_hat) or math.isnan(ess):
         return 'exact sampling: not converged: the score never changed'
     if r_hat > 1.01:
-        return f'exact sampling: not converged: R-hat {r_hat:.2f}, run longer (raise steps)'
+        shown = next(text for digits in range(2, 18) if float(text := f'{r_hat:.{digits}f}') > 1.01)
+        return f'exact sampling: not converged: R-hat {shown}, run longer (raise steps)'
     if ess < 400:
-        return f'exact sampling: chains agree, but only {ess:.0f} effective draws: raise steps or n'
+        return f'exact sampling: chains agree, but only {int(ess)} effective draws: raise steps or n'
     return f'exact sampling: converged (R-hat {r_hat:.3f}, ESS {ess:.0f})'
 
 
