@@ -115,6 +115,19 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
+@pytest.mark.parametrize('option', ['--out', '--animate'])
+@pytest.mark.parametrize('place', ['file/{}', 'folder/{}', '/proc/nowhere/{}'])
+def test_a_place_that_cannot_be_written_is_found_before_sampling(option, place, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    name = 'x.png' if option == '--out' else 'x.gif'
+    (tmp_path / 'folder' / name).mkdir(parents=True)
+    monkeypatch.setattr(sys.modules['timm_gencnn.visualize'], 'visualize', lambda *args, **kwargs: pytest.fail('drawn'))
+    assert cli.main(['visualize', LENET, '3', option, place.format(name)]) == 2
+    assert f'error: cannot write {place.format(name)!r}: ' in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']
+
+
 def test_truncated_checkpoint_is_a_clear_error(tmp_path, capsys):
     path = tmp_path / 'broken.pth'
     torch.save({'x': torch.zeros(1000)}, path)

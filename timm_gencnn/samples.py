@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -44,6 +45,24 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Makes the folder of a file to come, and checks that it can be written there.
+
+    Raises:
+        OSError: It cannot.
+    """
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial.touch()
+        partial.unlink()
+    except OSError as e:
+        raise OSError(f'cannot write {str(path)!r}: {e.strerror or e}') from e
 
 
 @dataclass

@@ -24,7 +24,7 @@ from .nodes import Node, ScoreFunction, _cfg, resolve
 from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
-from .samples import Samples, read_metadata, to_rgb
+from .samples import Samples, check_writable, read_metadata, to_rgb
 from .views import Viewer, Views, views_of
 
 STEPS = 512
@@ -606,6 +606,8 @@ def main(args: argparse.Namespace) -> None:
     net = load_model(model, **({'checkpoint_path': args.checkpoint} if args.checkpoint else {}))
     if old and old.get('weights') != weights_digest(net):
         raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
+    for path in filter(None, (args.out, args.animate)):
+        check_writable(path)
     kwargs.setdefault('compile', args.compile)
     move(net, default_device(args.device))
     samples = visualize(net, nodes, frames=32 if args.animate else 0, **kwargs)
