@@ -94,6 +94,7 @@ def test_exact_regime_and_animation(tmp_path, capsys):
         (['visualize'], 'give a model and at least one node'),
         (['visualize', 'gencnn_lenett', '3'], 'did you mean'),
         (['nodes', 'gencnn_lenett'], 'did you mean'),
+        (['nodes', 'resnet18.foo'], 'Invalid pretrained tag (foo) for resnet18. Pretrained are resnet18.a1_in1k'),
         (['visualize', LENET, '3', '--checkpoint', '.'], 'holds no checkpoint'),
         (['visualize', LENET, '11'], '11'),
         (['visualize', LENET, '3', '--out', 'x.jpg'], '.png'),

@@ -951,7 +951,11 @@ def main(args: argparse.Namespace) -> None:
     from .registry import check_name
 
     check_name(args.model)
-    model = timm.create_model(args.model, pretrained=False).eval()
+    try:
+        model = timm.create_model(args.model, pretrained=False).eval()
+    except RuntimeError as error:  # a tag that the architecture does not have
+        tags = ', '.join(timm.list_pretrained(args.model.split('.')[0] + '.*')) or 'none'
+        raise ValueError(f'cannot create model {args.model!r}: {error} Pretrained are {tags}') from error
     size = None if args.size is None else (args.size, args.size)
     infos = list_nodes(model, args.pattern, size=size)
     print('\n'.join(table(infos)))
