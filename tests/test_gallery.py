@@ -198,6 +198,18 @@ def test_failed_nodes_are_on_the_page_and_do_not_stop_the_others(tmp_path: Path)
     assert '1 drawn · 3 failed' in page.read_text()
 
 
+def test_command_says_how_many_nodes_failed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ['gallery', 'gencnn_lenet.vis_mnist', '--out', str(tmp_path), '-n', '1', '--steps', '8', '--nodes']
+    assert cli([*command, '3', '12', 'nosuch:1']) == 2
+    printed = capsys.readouterr()
+    page = tmp_path / 'index.html'
+    assert printed.out == f'wrote {page}: 1 drawn, 2 failed\n'
+    assert f"error: 2 of 3 nodes could not be drawn, see {page}; '12': class 12 is out of range" in printed.err
+    assert nodes_on(page) == ['3', '12', 'nosuch:1']
+    assert cli([*command, '3', '4']) == 0
+    assert capsys.readouterr().out == f'wrote {page}: 2 drawn, 0 failed\n'
+
+
 def test_an_error_of_the_network_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @functools.wraps(visualize)
     def broken(net: nn.Module, node: str, **kwargs: Any) -> Any:

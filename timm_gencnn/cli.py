@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0, 2 for bad input (one line on stderr, no traceback), 130 after Ctrl-C.
+        Exit status: 0, 2 for bad input or a node that fails (one line on stderr, no traceback), 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(

@@ -93,6 +93,20 @@ def gallery(
             node could be drawn.
         OSError: `out` cannot be written. What was finished is kept.
     """
+    return _gallery(model, nodes, out, n=n, overwrite=overwrite, progress=progress, **settings).page
+
+
+def _gallery(
+    model: str | nn.Module,
+    nodes: str | int | Iterable[str | int],
+    out: str | Path,
+    *,
+    n: int = 4,
+    overwrite: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> _Folder:
+    """The folder of `gallery`, with what became of each node."""
     name = model if isinstance(model, str) else _describe(model)
     net = load_model(model) if isinstance(model, str) else model
     bound = inspect.signature(visualize).bind(net, '', n=n, progress=False, **settings)
@@ -103,10 +117,10 @@ def gallery(
     room = _Folder(Path(out), name, wanted, _request(net, settings))
     room.open(overwrite)
     room.draw(net, settings, progress)
-    if not any(entry.image for entry in room.entries.values()):
-        node, entry = next(iter(room.entries.items()))
-        raise ValueError(f'none of {len(wanted)} node(s) could be drawn, see {room.page}; {node!r}: {entry.error}')
-    return room.page
+    failed = room.failed()
+    if len(failed) == len(wanted):
+        raise ValueError(f'none of {len(wanted)} node(s) could be drawn, see {room.page}; {failed[0]}')
+    return room
 
 
 def _check_settings(net: nn.Module, settings: dict[str, Any]) -> None:
@@ -306,6 +320,10 @@ class _Folder:
         }
         return read_entry(samples.save(self.images / file_name(node)))
 
+    def failed(self) -> list[str]:
+        """Each node that could not be drawn, and why."""
+        return [f'{node!r}: {entry.error}' for node, entry in self.entries.items() if not entry.image]
+
     def write_page(self) -> None:
         """Writes the page of all nodes known so far, in the order asked for."""
         began = time.monotonic()
@@ -481,9 +499,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs `gencnn gallery`."""
+    """Runs `gencnn gallery`.
+
+    Raises:
+        ValueError: As `gallery`, or some nodes could not be drawn; the page is written all the same.
+    """
     model = load_model(args.model, checkpoint_path=args.checkpoint) if args.checkpoint else args.model
-    page = gallery(
+    room = _gallery(
         model,
         args.nodes,
         args.out,
@@ -491,4 +513,7 @@ def main(args: argparse.Namespace) -> None:
         device=default_device(args.device),
         **sampling_arguments(args),
     )
-    print(f'wrote {page}')
+    failed, total = room.failed(), len(room.wanted)
+    print(f'wrote {room.page}: {total - len(failed)} drawn, {len(failed)} failed')
+    if failed:
+        raise ValueError(f'{len(failed)} of {total} nodes could not be drawn, see {room.page}; {failed[0]}')
