@@ -318,6 +318,19 @@ def test_finished_nodes_are_kept_and_new_ones_added(tmp_path: Path) -> None:
     assert nodes_on(tmp_path / 'index.html') == ['conv:2', 'conv:0', 'conv:1']
 
 
+def test_page_keeps_nodes_of_earlier_runs_with_the_same_settings(tmp_path: Path) -> None:
+    gallery(Net(), ['conv:1', 'conv:3', 'nosuch:1'], tmp_path, **KWARGS)
+    gallery(Net(), 'conv:0', tmp_path, **KWARGS | {'seed': 1})
+    (tmp_path / 'images' / 'notes.png').write_bytes(b'no picture')
+    visualize(Net(), 'conv:0', **KWARGS).save(tmp_path / 'images' / 'alone.png')
+    before = contents(tmp_path)
+    page = gallery(Net(), ['conv:2', 'conv:1'], tmp_path, **KWARGS)
+    assert nodes_on(page) == ['conv:2', 'conv:1', 'conv:3']
+    assert '3 drawn' in page.read_text()
+    assert 'missing' not in page.read_text()
+    assert before.items() <= contents(tmp_path).items()
+
+
 @pytest.mark.parametrize(('temperature', 'steps', 'kept'), [(None, 8, False), (1.0, 70, True)])
 def test_pictures_of_an_older_sampler_are_refused(
     temperature: float | None, steps: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

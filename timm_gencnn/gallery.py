@@ -24,6 +24,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,8 @@ def gallery(
     """Draws many nodes of a network into one HTML page.
 
     A node that is already in `out` with the same weights and settings is kept, so that a run that was interrupted or
-    killed goes on where it was. A node that cannot be drawn is recorded on the page and does not stop the others.
+    killed goes on where it was. A node that cannot be drawn is recorded on the page and does not stop the others. The
+    page also shows what earlier calls have drawn into `out` with the same weights and settings.
 
     Args:
         model: A name for `timm.create_model` or any module in eval mode that takes images [N, C, H, W].
@@ -240,6 +242,8 @@ class _Folder:
     wanted: list[str]
     request: dict[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
+    earlier: dict[str, Entry] = field(default_factory=dict)
+    """Nodes of earlier runs with the same request, by file name."""
 
     def __post_init__(self) -> None:
         self.page = self.out / 'index.html'
@@ -247,7 +251,11 @@ class _Folder:
         self.written, self.took = -math.inf, 0.0
 
     def read(self) -> list[tuple[str, dict[str, Any]]]:
-        """Reads the finished nodes that are not known yet; returns those with another request, and that request."""
+        """Reads the finished nodes that are not known yet.
+
+        Returns:
+            Those of the nodes wanted that were drawn by another request, and that request.
+        """
         others = []
         for node in self.wanted:
             if node in self.entries:
@@ -261,6 +269,13 @@ class _Folder:
                 self.entries[node] = entry
             else:
                 others.append((node, old))
+        mine = set(map(file_name, self.wanted))
+        for path in sorted(self.images.glob('*.png')):
+            if path.name in mine or path.name in self.earlier:
+                continue
+            with suppress(ValueError):  # damaged, or not ours
+                if read_metadata(path).get('settings', {}).get('request') == self.request:
+                    self.earlier[path.name] = read_entry(path)
         return others
 
     def open(self, overwrite: bool) -> None:
@@ -325,10 +340,10 @@ class _Folder:
         return [f'{node!r}: {entry.error}' for node, entry in self.entries.items() if not entry.image]
 
     def write_page(self) -> None:
-        """Writes the page of all nodes known so far, in the order asked for."""
+        """Writes the page of all nodes known so far, in the order asked for and then those of earlier runs."""
         began = time.monotonic()
-        known = [self.entries[node] for node in self.wanted if node in self.entries]
-        write_atomically(self.page, render(self.model, known, len(self.wanted)).encode())
+        known = [self.entries[node] for node in self.wanted if node in self.entries] + list(self.earlier.values())
+        write_atomically(self.page, render(self.model, known, len(self.wanted) + len(self.earlier)).encode())
         self.written = time.monotonic()
         self.took = self.written - began
 
