@@ -737,6 +737,27 @@ def test_command(capsys):
         nodes.main(parser.parse_args(['no_such_model']))
 
 
+class Noisy(Zoo):
+    """Dropout that eval mode does not switch off, before the head."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(nn.functional.dropout(self.relu(x).mean((2, 3)), self.rate, training=True))
+
+
+def test_a_network_that_is_random_in_eval_mode_is_refused():
+    torch.manual_seed(0)
+    model = Noisy(0.2).eval()
+    with pytest.raises(ValueError, match=r"score of '1' differs between two passes on the same images.*switch"):
+        resolve(model, ['conv:3', 1], size=SIZE)
+    assert resolve(model, 'conv:3', size=SIZE).names == ['conv:3']  # before the noise
+    assert resolve(Noisy(0.0).eval(), 1, size=SIZE).names == ['1']
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Every family
 

@@ -631,8 +631,9 @@ def resolve(
 ) -> ScoreFunction:
     """Score function of one node or a list of nodes of any network.
 
-    Two random images run through the model to find the axes, and to check that each score is finite, reaches the image
-    and depends on its own image only. Parameters, gradients and hooks of the model are left as they were.
+    Two random images run through the model to find the axes, and to check that each score is finite, reaches the image,
+    depends on its own image only and, but for callables, is the same the next time. Parameters, gradients and hooks of
+    the model are left as they were.
 
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
@@ -647,7 +648,7 @@ def resolve(
 
     Raises:
         ValueError: The model is in train mode or refuses the size; a class, layer, channel or position does not exist
-            or is ambiguous; a score is not finite, cannot be differentiated or mixes images.
+            or is ambiguous; a score is not finite, cannot be differentiated, mixes images or is random.
     """
     _check_model(model)
     wanted = list(nodes) if isinstance(nodes, (list, tuple, range)) else [nodes]
@@ -687,6 +688,8 @@ def resolve(
     chans, dtype = result.images.shape[1], result.images.dtype
     function = ScoreFunction(model, terms, calls, names, kinds, notes, own, chans, dtype)
     _check_scores(function, result)
+    if function._reads:
+        _check_repeatable(function, result.images.detach())
     if size is None and not any(calls):
         function.size = _early_size(result, [term for group in terms for term in group]) or own
     return function
@@ -726,6 +729,34 @@ def _check_scores(function: ScoreFunction, result: Probe) -> None:
                 raise ValueError(f'{name!r} returns {got} for {len(images)} images: it must return a tensor [n]')
             _check_finite(name, score)
             _check_independent(name, score, images)
+
+
+def _check_repeatable(function: ScoreFunction, images: Tensor) -> None:
+    """Reads each layer twice on the same images: what differs by more than rounding is random."""
+
+    def values() -> dict[Tap, Tensor]:
+        found: dict[Tap, Tensor] = {}
+
+        def read(tap: Tap, tensor: Tensor) -> None:
+            found[tap] = tensor.clone()  # what follows may work in place
+            if len(found) == len(function._reads):
+                raise StopForward
+
+        with torch.no_grad(), function._hooks(read), suppress(StopForward):
+            output = function.model(images.clone())
+            if (root := Tap('')) in function._reads:
+                read(root, class_logits(output))
+        return found
+
+    first, second = values(), values()
+    for tap, tensor in first.items():
+        rounding = torch.finfo(tensor.dtype).eps ** 0.5 * tensor.abs().max()
+        if (tensor - second[tap]).abs().max() > rounding:
+            name = function.names[function._reads[tap][0][0]]
+            raise ValueError(
+                f'the score of {name!r} differs between two passes on the same images: the network draws random '
+                'numbers in eval mode, such as dropout with training=True, and has no density: switch them off'
+            )
 
 
 def _check_finite(name: str, score: Tensor) -> None:
