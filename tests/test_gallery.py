@@ -405,7 +405,8 @@ def test_interrupted_run_goes_on_and_equals_a_whole_one(how: str, tmp_path: Path
     out, whole = tmp_path / 'out', tmp_path / 'whole'
     command = [sys.executable, '-m', 'timm_gencnn.cli', *LENET, '--device', 'cpu', '--out', str(out)]
     environment = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells ignore it for background jobs
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         while process.poll() is None and len(list(out.glob('images/*.png'))) < 2:
             time.sleep(0.002)
         process.send_signal(getattr(signal, how))
