@@ -158,16 +158,20 @@ def test_chunks_with_dead_chains_give_the_pixels_of_one_batch(lenet, monkeypatch
     assert torch.allclose(parts.images, whole.images, atol=1e-2)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(lenet, monkeypatch):
-    whole = quick(lenet, 3, n=8)
-    original = hmc.score_and_grad
+def short_of_memory(score_and_grad):
+    """The same with memory for two images."""
 
     def hungry(score, z):
         if len(z) > 2:
             raise torch.OutOfMemoryError('out of memory')
-        return original(score, z)
+        return score_and_grad(score, z)
 
-    monkeypatch.setattr(hmc, 'score_and_grad', hungry)
+    return hungry
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(lenet, monkeypatch):
+    whole = quick(lenet, 3, n=8)
+    monkeypatch.setattr(hmc, 'score_and_grad', short_of_memory(hmc.score_and_grad))
     with pytest.warns(UserWarning, match='with 2 images at a time'):
         parts = quick(lenet, 3, n=8)
     assert torch.allclose(parts.images, whole.images, atol=1e-2)
@@ -178,14 +182,7 @@ def test_out_of_memory_splits_the_nodes_of_an_early_convolution(lenet, monkeypat
     nodes = ['conv1:0', 'conv1:1', 'conv1:2']
     whole = quick(lenet, nodes)
     assert whole.settings['size'] == [7, 7]
-    original = hmc.score_and_grad
-
-    def hungry(score, z):
-        if len(z) > 2:
-            raise torch.OutOfMemoryError('out of memory')
-        return original(score, z)
-
-    monkeypatch.setattr(hmc, 'score_and_grad', hungry)
+    monkeypatch.setattr(hmc, 'score_and_grad', short_of_memory(hmc.score_and_grad))
     with pytest.warns(UserWarning, match='images at a time'):
         parts = quick(lenet, nodes)
     assert torch.allclose(parts.images, whole.images, atol=1e-2)
