@@ -289,7 +289,7 @@ def run_rank(rank: int, port: int, script: Path, images: Path, out: Path) -> Non
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
     )
     status = run(script, images, out, *FULL, '--grad-accum-steps', '2')
-    os._exit(status)  # as a forked process does: gloo's threads now and then abort an interpreter that tears itself down
+    os._exit(status)  # as a forked process does: gloo threads now and then abort an exit in good order
 
 
 def test_two_ranks(script, images, tmp_path):
