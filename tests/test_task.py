@@ -1,6 +1,7 @@
 """GenerativeTask: phases, intercepts, state, timm's own machinery around it, and several ranks."""
 
 import copy
+import gc
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import assert_no_gloo_thread
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
@@ -377,6 +379,13 @@ def accumulate(task: GenerativeTask, batches: list[tuple[torch.Tensor, torch.Ten
 def run_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
+    save_gradients(rank, world, folder)
+    dist.destroy_process_group()
+    gc.collect()
+    assert_no_gloo_thread()
+
+
+def save_gradients(rank: int, world: int, folder: str) -> None:
     results = {}
     for case in ('uneven', 'missing'):
         for mode in ('batch', 'running'):
@@ -394,7 +403,6 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     if rank == world - 1:
         torch.save(accumulated, f'{folder}/accumulated.pt')
         torch.save(results, f'{folder}/results.pt')
-    dist.destroy_process_group()
 
 
 def whole_batch(world: int, case: str) -> tuple[torch.Tensor, ...]:

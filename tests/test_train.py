@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 import yaml
 from pictures import SIZE, draw_bars
 from PIL import Image
+from ranks import assert_no_gloo_thread
 from safetensors.torch import load_file
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -545,7 +546,8 @@ def run_rank(rank: int, argv: list[str], port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
     )
-    sys.exit(cli.main(argv))
+    assert cli.main(argv) == 0
+    assert_no_gloo_thread()
 
 
 def test_two_ranks(images, tmp_path, unused_port):

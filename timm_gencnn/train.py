@@ -5,6 +5,7 @@ numbers are seeded anew at every epoch, so that a resumed run sees the data that
 """
 
 import argparse
+import gc
 import logging
 import math
 import time
@@ -45,17 +46,18 @@ def main(args: argparse.Namespace) -> None:
         ValueError: Flags that contradict each other, missing data, labels out of range, a loss that is not finite.
         OSError: A checkpoint cannot be written.
     """
-    if args.script:
-        return script.run(args.script)
-    if not logging.root.handlers:
-        utils.setup_default_logging(logging.WARNING)
-    check_arguments(args)
-    device = utils.init_distributed_device(args)
     try:
-        Trainer(args, device).run()
+        if args.script:
+            script.run(args.script)
+        else:
+            if not logging.root.handlers:
+                utils.setup_default_logging(logging.WARNING)
+            check_arguments(args)
+            Trainer(args, utils.init_distributed_device(args)).run()
     finally:
-        if args.distributed:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        gc.collect()  # Gloo's threads end with the last reference to the group; alive, they may abort the exit
 
 
 class Trainer:
