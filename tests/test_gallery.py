@@ -29,8 +29,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from timm_gencnn import gallery as room
 from timm_gencnn.cli import main as cli
 from timm_gencnn.gallery import Entry, _Folder, gallery, read_entry, render
+from timm_gencnn.reference import White
 from timm_gencnn.samples import read_metadata
-from timm_gencnn.visualize import visualize
+from timm_gencnn.visualize import load_model, visualize
 
 CHROMIUM = Path('/usr/bin/chromium')
 KWARGS = {'n': 3, 'steps': 8, 'size': 12, 'progress': False}
@@ -173,6 +174,25 @@ def test_node_can_be_repeated_from_its_png(tmp_path: Path, node: str) -> None:
     assert repeat in room._rows(read_entry(path))
     assert cli(['visualize', '--like', str(path), '--device', 'cpu', '--out', str(tmp_path / 'again.png')]) == 0
     assert Image.open(tmp_path / 'again.png').tobytes() == Image.open(path).tobytes()
+
+
+def test_early_layers_at_a_size_that_the_whole_model_refuses(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {'n': 2, 'steps': 8, 'progress': False}
+    model = load_model('gencnn_lenet.vis_mnist')
+    given: dict[str, Any]
+    for given in ({'size': 7}, {'reference': White((1, 7, 7), 3.0)}):
+        page = gallery(model, ['3', 'conv1:1-2'], tmp_path / str(*given), **settings, **given)
+        assert [card['class'] for card in Page(page.read_text()).cards] == [
+            'card failed',
+            'card picture',
+            'card picture',
+        ]
+        name = room.file_name('conv1:2')
+        visualize(model, 'conv1:2', **settings, **given).save(tmp_path / name)
+        assert Image.open(page.parent / 'images' / name).tobytes() == Image.open(tmp_path / name).tobytes()
+    with pytest.raises(ValueError, match='the model refuses 7 x 7 images'):
+        gallery(model, ['3', 'conv2:1', 'nosuch:1'], tmp_path / 'none', **settings, size=7)
+    assert not (tmp_path / 'none').exists()
 
 
 def test_file_names_are_safe_and_distinct() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_gencnn import layouts, nodes
+from timm_gencnn.cli import main as cli
 from timm_gencnn.nodes import NodeInfo, expand, list_nodes, receptive_field, resolve
 
 SHARED = Path(__file__).parents[2] / 'shared'
@@ -654,6 +655,33 @@ def test_layers_at_a_size_that_the_whole_model_refuses(gain):
         assert given(x).any() == bool(gain)
     with pytest.raises(ValueError, match=r'channel 8 is out of range, .* 0 to 7'):  # of 7 x 7 positions
         resolve(model, '0.2:8', size=(9, 9))
+
+
+def test_lists_and_receptive_fields_at_a_size_that_the_whole_model_refuses(capsys):
+    model = timm.create_model('gencnn_lenet').eval()
+    assert list_nodes(model, 'conv1', size=(7, 7)) == [NodeInfo('conv1', (20, 3, 3), 20, 'NCHW')]
+    assert expand(model, 'conv[1]:18-19', size=(7, 7)) == ['conv1:18', 'conv1:19']
+    assert receptive_field(model, 'conv1', size=(7, 7)) == (5, 5)
+    assert cli(['nodes', 'lenet', 'conv1', '--size', '7']) == 0
+    assert '20 x 3 x 3' in capsys.readouterr().out
+    for ask in (lambda: list_nodes(model, size=(7, 7)), lambda: receptive_field(model, 'conv2', size=(7, 7))):
+        with pytest.raises(ValueError, match=r'the model refuses 7 x 7 .*own size is 28 x 28'):
+            ask()
+    with pytest.raises(ValueError, match="no layer matches 'nosuch'"):
+        list_nodes(model, 'nosuch', size=(7, 7))
+
+
+def test_calls_at_a_size_that_the_whole_model_refuses_keep_their_names():
+    conv = nn.Conv2d(3, 3, 3)
+    model = nn.Sequential(conv, conv, nn.Flatten(), nn.Linear(3 * 12 * 12, 5)).eval()
+    model.pretrained_cfg = {'input_size': (3, 16, 16)}
+    assert list_nodes(model, '0#1', size=(9, 9)) == [NodeInfo('0#1', (3, 7, 7), 3, 'NCHW')]
+    assert [(info.name, info.shape) for info in list_nodes(model, '0', size=(9, 9))] == [
+        ('0#1', (3, 7, 7)),
+        ('0#2', (3, 5, 5)),
+    ]
+    with pytest.raises(ValueError, match='runs 2 times'):
+        resolve(model, '0:1', size=(9, 9))
 
 
 def test_models_that_refuse_a_small_image_keep_their_size():

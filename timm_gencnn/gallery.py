@@ -34,7 +34,7 @@ from timm.models import is_model
 from torch import nn
 
 from .chains import Schedule
-from .nodes import expand, resolve
+from .nodes import Refused, ScoreFunction, expand, resolve
 from .samples import read_metadata, write_atomically
 from .views import PHOTOGRAPHS, PLAIN
 from .visualize import (
@@ -45,6 +45,7 @@ from .visualize import (
     make_reference,
     sampling_arguments,
     settle,
+    sides,
     visualize,
     weights_digest,
 )
@@ -114,8 +115,9 @@ def _gallery(
     bound = inspect.signature(visualize).bind(net, '', n=n, progress=False, **settings)
     bound.apply_defaults()
     settings = {k: v for k, v in bound.arguments.items() if k not in ('model', 'node')}
-    _check_settings(net, settings)
-    wanted = _expand(net, nodes, settings['size'])
+    size = sides(settings['size'], settings['reference'])
+    wanted = _expand(net, nodes, size)
+    _check_settings(net, wanted, size, settings)
     room = _Folder(Path(out), name, wanted, _request(net, settings))
     room.open(overwrite)
     room.draw(net, settings, progress)
@@ -125,12 +127,25 @@ def _gallery(
     return room
 
 
-def _check_settings(net: nn.Module, settings: dict[str, Any]) -> None:
-    """Refuses, before any node is tried, what every node would refuse."""
+def _check_settings(net: nn.Module, names: list[str], size: tuple[int, int] | None, settings: dict[str, Any]) -> None:
+    """Refuses, before any node is drawn, what every node would refuse."""
     _settle(settings)
-    sides = (settings['size'],) * 2 if isinstance(settings['size'], int) else settings['size']
-    score = resolve(net, lambda images: images.flatten(1).sum(1), size=sides)
+    try:
+        score = resolve(net, lambda images: images.flatten(1).sum(1), size=size)
+    except Refused:  # by the model as a whole: one of the layers may take it
+        first = _first_score(net, names, size)
+        if first is None:
+            raise
+        score = first
     make_reference(settings['reference'], net, score.in_chans, score.size, torch.device('cpu'))
+
+
+def _first_score(net: nn.Module, names: list[str], size: tuple[int, int] | None) -> ScoreFunction | None:
+    """The first of the nodes that has a score at this size, if one has."""
+    for name in names:
+        with suppress(ValueError):
+            return resolve(net, name, size=size)
+    return None
 
 
 def _settle(settings: dict[str, Any]) -> tuple[float, float | None]:
@@ -139,15 +154,14 @@ def _settle(settings: dict[str, Any]) -> tuple[float, float | None]:
     return settle(**{k: settings[k] for k in settled})[1:]
 
 
-def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: Any) -> list[str]:
+def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: tuple[int, int] | None) -> list[str]:
     """Names of all nodes asked for, each once, in order."""
     given = [nodes] if isinstance(nodes, (str, int)) else list(nodes)
-    sides = (size, size) if isinstance(size, int) else size
     names: dict[str, None] = {}
     for node in given:
         if not isinstance(node, (str, int)) or isinstance(node, bool):
             raise ValueError(f'{node!r} has no name to find it by: a gallery takes strings and indices, visualize more')
-        names |= dict.fromkeys(expand(net, str(node), size=sides))
+        names |= dict.fromkeys(expand(net, str(node), size=size))
     if not names:
         raise ValueError('no nodes given: name at least one')
     return list(names)

@@ -481,8 +481,17 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f'{training} is in train mode, where images change one another: call model.eval() first')
 
 
-class _Refused(ValueError):
-    """The model as a whole takes no image of this size."""
+class Refused(ValueError):
+    """The model, or the part of it that was asked for, takes no images of this shape."""
+
+
+def _probe(model: nn.Module, in_chans: int, size: tuple[int, int], stop: tuple[str, int] | None = None) -> Probe:
+    try:
+        return probe(model, in_chans, size, stop=stop)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a foreign forward raises on an image that it cannot take
+        raise Refused((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 
 def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
@@ -491,30 +500,84 @@ def _first_probe(model: nn.Module, size: Any, in_chans: int | None) -> Probe:
         raise ValueError(f'in_chans {in_chans!r} is not a positive number of channels')
     own = _own_size(model)
     side = _check_size(size) if size is not None else own or (224, 224)
-    refusal: Exception | None = None
-    for chans in [in_chans] if in_chans else _own_channels(model):
+    refusals = []
+    tried = [in_chans] if in_chans else _own_channels(model)
+    for chans in tried:
         try:
-            return probe(model, chans, side)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a foreign forward raises on an image that it cannot take
-            refusal = refusal or error
-    chans = in_chans or _own_channels(model)[0]
-    reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+            return _probe(model, chans, side)
+        except Refused as refusal:
+            refusals.append(refusal)
     remedy = f"the model's own size is {own[0]} x {own[1]}" if own and side != own else 'give size=(height, width)'
     if own is None:
         remedy += ", or state all of it: model.pretrained_cfg = {'input_size': (channels, height, width)}"
-    raise _Refused(
-        f'the model refuses {side[0]} x {side[1]} images of {chans} channel(s) ({reason}): {remedy}'
-    ) from refusal
+    raise Refused(
+        f'the model refuses {side[0]} x {side[1]} images of {tried[0]} channel(s) ({refusals[0]}): {remedy}'
+    ) from refusals[0].__cause__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Terms -> places in the network
 
 
-def _tap(result: Probe, unit: _Unit) -> Tap:
-    """Where the score of a layer's unit is read."""
+def _probe_for(
+    model: nn.Module,
+    places: Callable[[Probe], dict[str, Tap]],
+    size: tuple[int, int] | None,
+    in_chans: int | None = None,
+) -> tuple[Probe, dict[str, Tap]]:
+    """Probes the model, or only as far as some layers if it refuses the size as a whole.
+
+    Args:
+        model: Any module that takes images [N, C, H, W], in eval mode.
+        places: From a probe of the whole model the calls that are needed, by name; none if that is the model's output.
+        size: Image height and width in pixels; None is the model's own.
+        in_chans: Image channels; None tries the likely ones.
+
+    Returns:
+        The probe at that size, and the places.
+
+    Raises:
+        Refused: The last of the places cannot be reached at this size.
+    """
+    try:
+        result = _first_probe(model, size, in_chans)
+        return result, places(result)
+    except Refused:
+        if size is None:
+            raise
+        with suppress(Refused):
+            whole = _first_probe(model, None, in_chans)  # says what runs when
+            if found := places(whole):
+                return _probe_until(whole, found.values(), _check_size(size)), found
+        raise
+
+
+def _probe_until(result: Probe, taps: Iterable[Tap], size: tuple[int, int]) -> Probe:
+    """Probes the model once more, at another size, until the last of `taps` has run.
+
+    Raises:
+        Refused: They do not run at this size.
+    """
+
+    def place(tap: Tap) -> int:
+        return [i for i, name in enumerate(result.order) if name == tap.layer][tap.call]
+
+    last = max(taps, key=place)
+    small = _probe(result.model, result.images.shape[1], size, (last.layer, last.call))
+    if any(tap.call >= len(small.calls.get(tap.layer, [])) for tap in taps):
+        raise Refused('other layers run at this size')
+    return small
+
+
+def _places(result: Probe, parsed: Iterable[_Parsed]) -> dict[str, Tap]:
+    """The calls of the layers that nodes name; none if one of the nodes needs the whole model."""
+    units = [unit for node in parsed for _, unit in node]
+    named = [unit for unit in units if isinstance(unit, _Unit) and unit.layer]
+    return {unit.text: _call(result, unit) for unit in named} if len(named) == len(units) else {}
+
+
+def _call(result: Probe, unit: _Unit) -> Tap:
+    """The call of its layer that a unit names."""
     assert unit.layer is not None
     calls = result.calls.get(unit.layer)
     if not calls:
@@ -527,7 +590,7 @@ def _tap(result: Probe, unit: _Unit) -> Tap:
         )
     if not 1 <= number <= len(calls):
         raise ValueError(f'{unit.text!r}: layer {unit.layer!r} has calls #1 to #{len(calls)}')
-    return _preactivation(result, Tap(unit.layer, number - 1))
+    return Tap(unit.layer, number - 1)
 
 
 def _preactivation(result: Probe, tap: Tap) -> Tap:
@@ -601,7 +664,7 @@ class _Resolver:
             index = _find_class(unit, layout.channels, labels)
             note = f'class logit read before the activation {tap.layer!r}' if tap.layer else ''
             return Term(tap, layout, index, weight=weight), _class_name(index, labels), note
-        tap = _tap(self.result, unit)
+        tap = _preactivation(self.result, _call(self.result, unit))
         layout = self.layout(tap, unit.axis)
         assert isinstance(unit.channel, int)
         if unit.channel >= layout.channels:
@@ -656,10 +719,7 @@ def resolve(
         raise ValueError('an empty list of nodes given: name at least one')
     known = _Names(model)
     parsed = [_parse(node, known) for node in wanted]
-    try:
-        result = _first_probe(model, size, in_chans)
-    except _Refused as refusal:
-        result = _probe_of_layers(model, [unit for node in parsed for _, unit in node], size, in_chans, refusal)
+    result, _ = _probe_for(model, lambda whole: _places(whole, parsed), size, in_chans)
     own = result.images.shape[2], result.images.shape[3]
 
     resolver = _Resolver(model, result)
@@ -798,47 +858,9 @@ def _early_size(result: Probe, terms: list[Term]) -> tuple[int, int] | None:
         small = _probe_until(result, [term.tap for term in terms], (sides[0], sides[1]))
         if any(_layout(small, term.tap, term.layout.axis).shape[0] != term.layout.channels for term in terms):
             return None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # the model, or its layers so far, take no image as small as that: keep its own size
+    except ValueError:  # the layers so far take no image as small as that: keep the model's own size
         return None
     return sides[0], sides[1]
-
-
-def _probe_until(result: Probe, taps: list[Tap], size: tuple[int, int]) -> Probe:
-    """Probes the model once more, at another size, until the last of `taps` has run."""
-
-    def place(tap: Tap) -> int:
-        return [i for i, name in enumerate(result.order) if name == tap.layer][tap.call]
-
-    last = max(taps, key=place)
-    return probe(result.model, result.images.shape[1], size, stop=(last.layer, last.call))
-
-
-def _probe_of_layers(
-    model: nn.Module,
-    units: list['_Unit | Callable[[Tensor], Tensor]'],
-    size: tuple[int, int] | None,
-    in_chans: int | None,
-    refusal: _Refused,
-) -> Probe:
-    """Probes the layers of `units` at a size that the model as a whole refuses; its own size says what runs when."""
-    named = [unit for unit in units if isinstance(unit, _Unit) and unit.layer]
-    if size is None or len(named) < len(units):
-        raise refusal
-    try:
-        result = _first_probe(model, None, in_chans)
-    except _Refused:
-        raise refusal from None
-    for unit in named:
-        _tap(result, unit)  # refuses what does not run
-    taps = [Tap(unit.layer or '', (unit.call or 1) - 1) for unit in named]
-    try:
-        return _probe_until(result, taps, _check_size(size))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a foreign forward raises on an image that it cannot take
-        raise refusal from None
 
 
 @torch.inference_mode(False)
@@ -848,15 +870,17 @@ def receptive_field(model: nn.Module, layer: str, *, size: tuple[int, int] | Non
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         layer: Dotted name of a layer with an NCHW output.
-        size: Image height and width; None is the model's own. The result is at most this.
+        size: Image height and width, which the layer must take and the whole model need not; None is the model's own.
+            The result is at most this.
 
     Raises:
-        ValueError: The layer does not exist, or its output is not [N, C, H, W].
+        ValueError: The layer does not exist, or refuses the size, or its output is not [N, C, H, W].
     """
     _check_model(model)
-    result = _first_probe(model, size, None)
     layers = [name for name, _ in model.named_modules() if name]
-    tap = _tap(result, _Unit(_find_layer(layer, layers), 0, text=layer))
+    unit = _Unit(_find_layer(layer, layers), 0, text=layer)
+    result, places = _probe_for(model, lambda whole: _places(whole, [[(1.0, unit)]]), size)
+    tap = _preactivation(result, places[layer])
     layout = _layout(result, tap)
     if str(layout) != 'NCHW':
         raise ValueError(f'layer {layer!r} has layout {layout}: only an NCHW layer has a receptive field')
@@ -873,7 +897,7 @@ class NodeInfo:
 
     Attributes:
         name: What goes before the colon of a node's name.
-        shape: Shape of the output for one image, at the model's own size.
+        shape: Shape of the output for one image of the size asked for.
         channels: Number of channels; None where the axis must be given by hand.
         layout: Axes by letter: N batch, C channels, H and W rows and columns, L tokens, (NW) windows; '?' unknown.
     """
@@ -890,34 +914,46 @@ def list_nodes(model: nn.Module, pattern: str | None = None, *, size: tuple[int,
 
     A layer that runs more than once is matched as a whole (`'relu'`) and by its calls (`'relu#2'`).
 
+    Args:
+        model: Any module that takes images [N, C, H, W], in eval mode.
+        pattern: Pattern of layer names; None is all of them.
+        size: Image height and width, which the layers must take and the whole model need not; None is the model's own.
+
     Raises:
-        ValueError: No layer matches, the model is in train mode, or refuses the size.
+        ValueError: No layer matches, the model is in train mode, or the layers refuse the size.
     """
     _check_model(model)
-    result = _first_probe(model, size, None)
+    result, places = _probe_for(model, lambda whole: _matching(whole, pattern), size)
+    return [_info(result, name, _preactivation(result, call)) for name, call in places.items()]
+
+
+def _matching(result: Probe, pattern: str | None) -> dict[str, Tap]:
+    """Calls whose output is one tensor and whose name matches, by that name, in the order in which they run."""
     wanted = '*' if pattern is None else pattern
-    seen: dict[str, int] = defaultdict(int)
-    found = []
+    calls: dict[str, int] = defaultdict(int)
+    found = {}
     for layer in result.order:
-        seen[layer] += 1
-        name = layer if len(result.calls[layer]) == 1 else f'{layer}#{seen[layer]}'
+        call = Tap(layer, calls[layer])
+        calls[layer] += 1
+        name = layer if len(result.calls[layer]) == 1 else f'{layer}#{calls[layer]}'
         if not layer or not any(fnmatch.fnmatchcase(each, wanted) for each in (layer, name)):
             continue
-        tap = _preactivation(result, Tap(layer, seen[layer] - 1))
-        call = result.calls[tap.layer][tap.call]
-        tensor = call.input if tap.input else single_tensor(call.output)
-        if tensor is None or tensor.ndim < 2:
-            continue
-        try:
-            layout = _layout(result, tap)
-            found.append(NodeInfo(name, layout.shape, layout.channels, str(layout)))
-        except ValueError:
-            found.append(NodeInfo(name, tuple(tensor.shape[1:]), None, '?'))
+        tensor = single_tensor(result.calls[layer][call.call].output)
+        if tensor is not None and tensor.ndim > 1:
+            found[name] = call
     if not found:
-        layers = [name for name, _ in model.named_modules() if name]
+        layers = [name for name, _ in result.model.named_modules() if name]
         near = difflib.get_close_matches(pattern or '', layers, n=5, cutoff=0.3) or layers[:5]
         raise ValueError(f'no layer matches {pattern!r}: near names are {", ".join(near)}')
     return found
+
+
+def _info(result: Probe, name: str, tap: Tap) -> NodeInfo:
+    try:
+        layout = _layout(result, tap)
+    except ValueError:
+        return NodeInfo(name, tuple(result.read(tap).shape[1:]), None, '?')
+    return NodeInfo(name, layout.shape, layout.channels, str(layout))
 
 
 def expand(model: nn.Module, pattern: str, *, size: tuple[int, int] | None = None) -> list[str]:
@@ -927,9 +963,10 @@ def expand(model: nn.Module, pattern: str, *, size: tuple[int, int] | None = Non
         model: Any module that takes images [N, C, H, W], in eval mode.
         pattern: A shell-style layer pattern, then ':' and a channel, a range (ends included, cut at the layer's last
             channel) or '*' for all, then an optional '@position'. Anything else is one node and is returned as it is.
+        size: Image height and width, as in `list_nodes`.
 
     Raises:
-        ValueError: Nothing matches.
+        ValueError: As `list_nodes`, or nothing matches.
     """
     if match := re.fullmatch(r'(\d+)-(\d+)', pattern):
         return [str(index) for index in _span(pattern, int(match[1]), int(match[2]))]
