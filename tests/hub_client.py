@@ -107,9 +107,17 @@ def push(repo_id: str, seed: int = 0, token: str | None = TOKEN, pictures: int =
         import torch
 
         model.to(memory_format=torch.channels_last)
+    if kwargs.pop('cfg_object', False):
+        model.pretrained_cfg = as_object(model.pretrained_cfg)
     gallery = [make_samples(pictures)] if pictures else []
     pushed = push_to_hub(model, repo_id, token=token, gallery=gallery, **kwargs)
     return pushed if isinstance(pushed, Path) else (pushed.oid, pushed.pr_url)
+
+
+def as_object(cfg: dict[str, Any]) -> Any:
+    from timm.models import PretrainedCfg
+
+    return PretrainedCfg(**{k: v for k, v in cfg.items() if k in PretrainedCfg.__dataclass_fields__})
 
 
 def make_samples(nodes: int, n: int = 2) -> Any:

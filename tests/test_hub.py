@@ -80,6 +80,15 @@ def test_push_of_channels_last_weights(client: Client) -> None:
     assert ok(client(hub_client.pull, 'alice/strides')) == ok(client(hub_client.expected))
 
 
+def test_push_of_a_configuration_as_timms_own_object(client: Client, tmp_path: Path) -> None:
+    folders = [tmp_path / 'dictionary', tmp_path / 'object']
+    for folder in folders:
+        ok(client(hub_client.push, 'alice/object', cfg_object=folder.name == 'object', dry_run=folder))
+    dictionary, as_object = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
+    assert dictionary == as_object
+    assert b'"mean"' in as_object['config.json']
+
+
 def test_push_again(hub: LoopbackHub, client: Client) -> None:
     first, _ = ok(client(hub_client.push, 'alice/again', pictures=3))
     same, _ = ok(client(hub_client.push, 'alice/again', pictures=3))

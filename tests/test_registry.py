@@ -395,6 +395,16 @@ def test_zoo_checkpoints_are_pretrained_tags(arch, classes, own_zoo):
     assert timm.create_model(names[1], pretrained=True, num_classes=3).log_z is None
 
 
+def test_zoo_takes_a_configuration_as_timms_own_object(tmp_path):
+    model = timm.create_model('lenet')
+    zoo.save(model, 'x', tmp_path / 'dictionary')
+    fields = {k: v for k, v in model.pretrained_cfg.items() if k in timm.models.PretrainedCfg.__dataclass_fields__}
+    model.pretrained_cfg = cfg = timm.models.PretrainedCfg(**fields)
+    zoo.save(model, 'x', tmp_path / 'object')
+    assert model.pretrained_cfg is cfg
+    assert zoo.read('lenet.x', tmp_path / 'object') == zoo.read('lenet.x', tmp_path / 'dictionary')
+
+
 def test_zoo_tag_is_the_default_only_where_there_is_no_other(own_zoo):
     assert timm.models.get_pretrained_cfg('gencnn_lenet').tag == 'gg_x'
     assert torch.equal(timm.create_model('gencnn_lenet', pretrained=True).log_z, torch.arange(10) / 8)

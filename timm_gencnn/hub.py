@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 from huggingface_hub import (
@@ -38,6 +39,7 @@ from torch import nn
 from . import zoo
 from .card import is_untouched, render_card
 from .config_check import WEIGHTS, check_hash, read_config
+from .nodes import _cfg
 from .registry import PREFIX
 from .runs import is_run, load_run
 from .samples import Samples
@@ -231,12 +233,13 @@ def write_folder(
     model = unwrap_model(model)
     architecture = _architecture(model)
     folder.mkdir(parents=True, exist_ok=True)
-    save_config_for_hf(
-        model,
-        str(folder / 'config.json'),
-        model_config={'pretrained_cfg': {'architecture': architecture, 'license': license}},
-        data_config=data_config,
-    )
+    with mock.patch.object(model, 'pretrained_cfg', _cfg(model)):  # timm reads a dictionary
+        save_config_for_hf(
+            model,
+            str(folder / 'config.json'),
+            model_config={'pretrained_cfg': {'architecture': architecture, 'license': license}},
+            data_config=data_config,
+        )
     # not timm's save_for_hf: safetensors refuses the strides that channels_last leaves
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
@@ -294,7 +297,7 @@ def _check_privacy(wanted: bool | None, private: bool | None, repo_id: str) -> N
 
 
 def _architecture(model: nn.Module) -> str:
-    name = str(getattr(model, 'pretrained_cfg', {}).get('architecture'))
+    name = str(_cfg(model).get('architecture'))
     architecture = PREFIX + name.removeprefix(PREFIX)
     if not timm.is_model(architecture):
         raise ValueError(

@@ -438,6 +438,7 @@ def _class_name(index: int, labels: DatasetInfo | None) -> str:
 
 
 def _cfg(model: nn.Module) -> dict[str, Any]:
+    """The model's own `pretrained_cfg`, which may be timm's object or the dictionary of it; empty without one."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return cfg if isinstance(cfg, dict) else cfg.to_dict()
 

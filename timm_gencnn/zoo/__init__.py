@@ -21,9 +21,12 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 from timm.models import save_for_hf
 from torch import nn
+
+from timm_gencnn.nodes import _cfg
 
 __all__ = ['FOLDER', 'names', 'read', 'save', 'verify']
 
@@ -96,11 +99,11 @@ def save(
     """
     if not tag or not all(c.isalnum() or c in '_-' for c in tag):
         raise ValueError(f"tag is {tag!r}: give letters, digits, '_' and '-' only")
-    if not getattr(model, 'pretrained_cfg', None):
+    if not _cfg(model):
         raise ValueError(f'{type(model).__name__} has no pretrained_cfg: make the model with timm.create_model')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as new:
+    with TemporaryDirectory(dir=folder) as new, mock.patch.object(model, 'pretrained_cfg', _cfg(model)):
         save_for_hf(model, new, {'label_names': label_names}, safe_serialization=True, data_config=data_config)
         weights, config = Path(new, 'model.safetensors'), json.loads(Path(new, 'config.json').read_text())
         model_args = config.get('model_args', {})
