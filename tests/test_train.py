@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib.machinery
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -632,6 +633,26 @@ def test_the_settings_of_a_run_are_a_configuration(images, straight, tmp_path):
     argv = ['train', '-c', str(straight / 'args.yaml'), '--output', str(tmp_path)]
     assert cli.main(argv) == 0
     assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
+
+
+def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, tmp_path, capsys):
+    rows = list(csv.DictReader((straight / 'summary.csv').open()))
+    argv = ['validate', '-c', str(straight / 'args.yaml'), '--checkpoint', str(straight / 'last.pth.tar'), '--use-ema']
+    assert cli.main([*argv, '--results-file', str(tmp_path / 'results.json')]) == 0
+    found = json.loads((tmp_path / 'results.json').read_text())
+    assert found['top1'] == pytest.approx(float(rows[-1]['eval_top1']))
+    assert found['nll'] == pytest.approx(float(rows[-1]['eval_loss']), rel=1e-5)
+    run = yaml.safe_load((straight / 'args.yaml').read_text())
+    path = tmp_path / 'args.yaml'
+    path.write_text(yaml.safe_dump(run | {'val_split': 'test', 'pretrained': True}))
+    parser = ConfigParser()
+    validate.add_arguments(parser)
+    args = parser.parse_args(['-c', str(path)])
+    assert (args.split, args.pretrained) == ('test', False)  # its weights are those of --checkpoint
+    path.write_text('epochs: 4\n')  # no run: a setting that validate lacks may be a slip
+    with pytest.raises(SystemExit):
+        parser.parse_args(['-c', str(path)])
+    assert "unknown setting 'epochs'" in capsys.readouterr().err
 
 
 def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):

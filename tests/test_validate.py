@@ -132,19 +132,22 @@ def results_of(folder, *more):
 
 
 def test_the_network_is_the_one_that_was_trained(folder):
-    """Its shape is given by timm's flags: the pooling, and what only its constructor knows."""
+    """Its shape is given by timm's flags: the pooling, the norm's epsilon, and what only its constructor knows."""
     torch.manual_seed(0)
-    trained = timm.create_model('test_resnet', num_classes=2, global_pool='max', stem_width=8).eval()
+    kwargs = {'num_classes': 2, 'global_pool': 'max', 'bn_eps': 0.1, 'act_layer': 'relu'}
+    trained = timm.create_model('test_efficientnet', **kwargs).eval()
     with torch.no_grad():
-        trained.fc.weight.mul_(100)  # a new network tells no class from another
+        trained.classifier.weight.mul_(100)  # a new network tells no class from another
     torch.save({'state_dict': trained.state_dict()}, folder / 'model.pth.tar')
-    argv = ['--model', 'gencnn_test_resnet', '--checkpoint', str(folder / 'model.pth.tar'), '--input-size', '3', '64']
-    argv += ['64', '--model-kwargs', 'stem_width=8']
-    config = resolve_data_config({'input_size': (3, 64, 64)}, model=trained)
+    argv = ['--model', 'gencnn_test_efficientnet', '--checkpoint', str(folder / 'model.pth.tar')]
+    argv += '--input-size 3 64 64 --model-kwargs act_layer=relu --pretrained-cfg-overlay mean=(0.1,0.2,0.3)'.split()
+    config = resolve_data_config({'input_size': (3, 64, 64), 'mean': (0.1, 0.2, 0.3)}, model=trained)
     loader = plain_loader(open_dataset('', str(folder), 'validation', 3), config)
     expected = validate(trained, loader)['nll']
-    assert results_of(folder, *argv, '--gp', 'max')['nll'] == pytest.approx(expected, rel=1e-5)
-    assert abs(results_of(folder, *argv)['nll'] - expected) > 1e-2  # control: another pooling, another network
+    pool, epsilon = ['--gp', 'max'], ['--bn-eps', '0.1']
+    assert results_of(folder, *argv, *pool, *epsilon)['nll'] == pytest.approx(expected, rel=1e-5)
+    for other in (pool, epsilon):  # control: another network
+        assert abs(results_of(folder, *argv, *other)['nll'] - expected) > 1e-2
 
 
 def test_columns_and_image_mode(folder, tmp_path):

@@ -37,9 +37,17 @@ class ConfigParser(argparse.ArgumentParser):
         if not isinstance(config, dict):
             self.error(f'{path.name}: expected lines of the form "flag_name: value"')
         config = {str(key).replace('-', '_'): value for key, value in config.items()}
+        if 'world_size' in config and 'split' in known:  # what a run wrote, for `gencnn validate`
+            config = _of_validation(config, known)
         config = {key: value for key, value in config.items() if key not in _NO_FLAGS}
         for key in config:
             if key not in known:
                 near = get_close_matches(key, known, n=1)
                 self.error(f'{path.name}: unknown setting {key!r}' + (f', perhaps {near[0]!r}' if near else ''))
         return config
+
+
+def _of_validation(run: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    """What the args.yaml of a training run says of validation; `pretrained` is where the training began."""
+    settings = {key: value for key, value in run.items() if key in known and key != 'pretrained'}
+    return settings | ({'split': run['val_split']} if run.get('val_split') else {})

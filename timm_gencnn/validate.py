@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     switch: dict[str, Any] = {'action': 'store_true'}
     add('data', nargs='?', metavar='DIR', help='as --data-dir')
-    add('-c', '--config', default='', metavar='FILE', help='YAML file')
+    add('-c', '--config', default='', metavar='FILE', help="YAML file, or a run's args.yaml")
     add('--data-dir', metavar='DIR', help='root folder of the data set')
     add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
     add('--split', default='validation', metavar='NAME')
@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--input-size', type=int, nargs=3, metavar='N', help='channels, height, width')
     add('--img-size', type=int, metavar='N')
     add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, ...')
+    add('--bn-eps', type=float, metavar='X')
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=ParseKwargs, help='entries of its configuration')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
     add('--crop-pct', type=float, metavar='F')
     add('--mean', type=float, nargs='+', metavar='X')
@@ -114,7 +116,9 @@ def main(args: argparse.Namespace) -> None:
 
 def _create_model(args: argparse.Namespace) -> Any:
     try:
-        model = create_model(args.model, pretrained=args.pretrained, **model_arguments(vars(args)))
+        overlay = args.pretrained_cfg_overlay or None
+        arguments = model_arguments(vars(args))
+        model = create_model(args.model, pretrained=args.pretrained, pretrained_cfg_overlay=overlay, **arguments)
         if args.checkpoint:
             load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     except (RuntimeError, TypeError, KeyError, FileNotFoundError) as error:
