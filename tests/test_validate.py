@@ -140,7 +140,8 @@ def test_the_network_is_the_one_that_was_trained(folder):
         trained.classifier.weight.mul_(100)  # a new network tells no class from another
     torch.save({'state_dict': trained.state_dict()}, folder / 'model.pth.tar')
     argv = ['--model', 'gencnn_test_efficientnet', '--checkpoint', str(folder / 'model.pth.tar')]
-    argv += '--input-size 3 64 64 --model-kwargs act_layer=relu --pretrained-cfg-overlay mean=(0.1,0.2,0.3)'.split()
+    argv += ['--input-size', '3', '64', '64', '--model-kwargs', 'act_layer=relu']
+    argv += ['--pretrained-cfg-overlay', 'mean=(0.1,0.2,0.3)']
     config = resolve_data_config({'input_size': (3, 64, 64), 'mean': (0.1, 0.2, 0.3)}, model=trained)
     loader = plain_loader(open_dataset('', str(folder), 'validation', 3), config)
     expected = validate(trained, loader)['nll']
