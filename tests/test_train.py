@@ -614,10 +614,25 @@ def test_settings_are_converted_as_flags_are(tmp_path, capsys):
     path = tmp_path / 'config.yaml'
     path.write_text('lr: 1e-3\n')  # a string to YAML 1.1
     assert parse(['train', '-c', str(path)]).lr == 0.001
-    path.write_text('epochs: ten\n')
-    with pytest.raises(SystemExit):
-        parse(['train', '-c', str(path)])
-    assert "argument --epochs: invalid int value: 'ten'" in capsys.readouterr().err
+    path.write_text("mean: ['0.5', 1, 1e-3]\nstd: 0.25\ninput_size: ['1', 28, 28]\nlr: 1\nbn_eps: null\n")
+    args = parse(['train', '-c', str(path)])
+    assert (args.mean, args.std, args.input_size, args.lr, args.bn_eps) == (
+        [0.5, 1, 0.001],
+        [0.25],
+        [1, 28, 28],
+        1,
+        None,
+    )
+    for line, error in (
+        ('epochs: ten', "argument --epochs: invalid int value: 'ten'"),
+        ('epochs: 1.5', "argument --epochs: invalid int value: '1.5'"),
+        ('lr: [0.1]', "argument --lr: invalid float value: '[0.1]'"),
+        ('mean: [0.5, half]', "argument --mean: invalid float value: 'half'"),
+    ):
+        path.write_text(line)
+        with pytest.raises(SystemExit):
+            parse(['train', '-c', str(path)])
+        assert f'config.yaml: {error}' in capsys.readouterr().err
 
 
 def test_validate_reads_a_configuration_too(tmp_path):

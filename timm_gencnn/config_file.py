@@ -19,7 +19,7 @@ class ConfigParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # two overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Parse twice: first for --config, then with its values as the defaults, which argparse converts."""
+        """Parse twice: first for --config, then with its values as the defaults."""
         given, _ = super().parse_known_args(args)
         if getattr(given, 'config', ''):
             self.set_defaults(**self._read(given.config, list(vars(given))))
@@ -44,7 +44,21 @@ class ConfigParser(argparse.ArgumentParser):
             if key not in known:
                 near = get_close_matches(key, known, n=1)
                 self.error(f'{path.name}: unknown setting {key!r}' + (f', perhaps {near[0]!r}' if near else ''))
+        try:
+            for action in self._actions:
+                if action.dest in config:
+                    config[action.dest] = self._convert(action, config[action.dest])
+        except argparse.ArgumentError as error:
+            self.error(f'{path.name}: {error}')
         return config
+
+    def _convert(self, action: argparse.Action, value: Any) -> Any:
+        """What a flag makes of its value in the file, converted as on the command line."""
+        if value is None or action.type is None:
+            return value
+        if action.nargs is None:
+            return self._get_value(action, str(value))
+        return [self._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
 
 
 def _of_validation(run: dict[str, Any], known: list[str]) -> dict[str, Any]:
