@@ -207,6 +207,18 @@ def test_the_newest_recovery_checkpoint_is_found(straight, tmp_path):
     assert checkpoints.find_checkpoint(tmp_path).name == 'checkpoint-2.pth.tar'
 
 
+def test_a_finished_run_says_that_there_is_nothing_to_train(images, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / 'run')
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto')) == 0
+    assert capsys.readouterr().out == 'nothing to train: 4 of 4 epochs are done, give a larger --epochs to go on\n'
+    for name in ('summary.csv', 'last.pth.tar'):
+        assert (tmp_path / 'run' / name).read_bytes() == (straight / name).read_bytes()
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto', '--epochs', '5')) == 0
+    printed = capsys.readouterr().out
+    assert 'epoch   4  DG' in printed
+    assert 'nothing to train' not in printed
+
+
 def test_resume_auto_starts_afresh_where_there_is_nothing(images, tmp_path):
     assert cli.main(flags(images, tmp_path, '--epochs', '1', '--resume', 'auto')) == 0
     assert (tmp_path / 'run/last.pth.tar').exists()

@@ -259,6 +259,11 @@ class Trainer:
 
     def run(self) -> None:
         """Train and validate, epoch after epoch."""
+        if self.epoch >= self.schedule.epochs:
+            if self.primary:
+                done = f'{self.epoch} of {self.schedule.epochs} epochs are done'
+                print(f'nothing to train: {done}, give a larger --epochs to go on')
+            return
         if self.primary:
             self._open_writers()
         for epoch in range(self.epoch, self.schedule.epochs):
