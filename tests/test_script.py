@@ -44,6 +44,7 @@ parser.add_argument('--output')
 parser.add_argument('--epochs', type=int, default=4)
 parser.add_argument('--stop', type=int, default=99)
 parser.add_argument('--resume')
+parser.add_argument('--start-epoch', type=int)
 parser.add_argument('--model', default='lenet')
 parser.add_argument('--mixup', action='store_true')
 parser.add_argument('--model-ema', action='store_true')
@@ -96,6 +97,7 @@ if args.distributed:
 saver = utils.CheckpointSaver(model, optimizer, args=args, checkpoint_dir=args.output, task=task) \\
     if utils.is_primary(args) else None
 scheduler, epochs = create_scheduler_v2(optimizer, sched='step', num_epochs=args.epochs, decay_epochs=100)
+start = start if args.start_epoch is None else args.start_epoch
 if start:
     scheduler.step(start)
 
@@ -233,6 +235,18 @@ def test_the_switch_and_its_rate(script, images, tmp_path):
     args = vars(checkpoint['args'])  # the script's flags and the generative ones
     assert (args['epochs'], args['gen_epochs'], args['disc_lr'], args['phase']) == (4, 2.0, 0.004, 'GG+DG')
     assert args['hybrid'] == 0  # what was trained
+
+
+@pytest.mark.parametrize('resumed', [0, 1])
+@pytest.mark.parametrize('start', [1, 3])
+def test_the_switch_is_counted_from_the_first_epoch(script, images, tmp_path, start, resumed):
+    more = ['--gen-epochs', '2', '--epochs', '4']
+    if resumed:
+        assert run(script, images, tmp_path / 'first', *more, '--stop', str(resumed)) == 0
+        more += ['--resume', str(tmp_path / 'first/last.pth.tar')]
+    assert run(script, images, tmp_path / 'run', *more, '--start-epoch', str(start)) == 0
+    phases = [(row['epoch'], row['train_phase']) for row in rows(tmp_path / 'run')]
+    assert phases == [(str(epoch), str(epoch < 2)) for epoch in range(start, 4)]
 
 
 @pytest.mark.parametrize('switch', [2, 6])

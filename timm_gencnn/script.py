@@ -60,7 +60,7 @@ def run(argv: list[str]) -> None:
             (timm.data, 'create_loader', session.create_loader),
             (timm.data, 'create_naflex_loader', session.create_naflex_loader),
             (timm.scheduler, 'create_scheduler_v2', session.create_scheduler),
-            (argparse.ArgumentParser, 'parse_args', _with_flags(args)),
+            (argparse.ArgumentParser, 'parse_args', _with_flags(session)),
             (sys, 'argv', [path, *rest]),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -76,6 +76,7 @@ class _Session:
         self.args = args
         self.task: GenerativeTask | None = None
         self.batches: int | None = None
+        self.start_epoch: int | None = None
         self.bridge: Any = None
         self.unlabeled: Iterator[Tensor] | None = None
 
@@ -151,10 +152,12 @@ class _Session:
                 self.task.gen_steps = round(self.args.gen_epochs * self.batches)
 
     def create_scheduler(self, optimizer: Any, *positional: Any, **kwargs: Any) -> Any:
-        """timm's schedule; from the switch on, its rates are multiplied by disc_lr / lr."""
+        """timm's schedule, made after any resume; from the switch on, its rates are multiplied by disc_lr / lr."""
         task = self.task
         if task is None:
             raise ValueError('the script creates a schedule before a timm.task.ClassificationTask, unlike timm itself')
+        if self.start_epoch is not None and task.gen_steps is not None and self.batches is not None:
+            task.gen_steps += task.steps - self.start_epoch * self.batches  # --gen-epochs counts from epoch 0
         scheduler, epochs = _create_scheduler(optimizer, *positional, **kwargs)
         if self.args.disc_lr is None:
             return scheduler, epochs
@@ -189,12 +192,13 @@ def _generative_only(task: Any, *args: Any, **kwargs: Any) -> None:
     _initialize(task, *args, **kwargs)
 
 
-def _with_flags(flags: argparse.Namespace) -> Any:
-    """A parse_args that adds these flags, so that the script's args.yaml and checkpoints record them."""
+def _with_flags(session: _Session) -> Any:
+    """A parse_args that adds the generative flags, so that the script's args.yaml and checkpoints record them."""
 
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         namespace = _parse_args(*args, **kwargs)
-        vars(namespace).update(vars(flags))
+        vars(namespace).update(vars(session.args))
+        session.start_epoch = getattr(namespace, 'start_epoch', session.start_epoch)
         return namespace
 
     return parse_args
