@@ -671,7 +671,8 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     assert found['nll'] == pytest.approx(float(rows[-1]['eval_loss']), rel=1e-5)
     run = yaml.safe_load((straight / 'args.yaml').read_text())
     path = tmp_path / 'args.yaml'
-    path.write_text(yaml.safe_dump(run | {'val_split': 'test', 'pretrained': True}))
+    timms = {k: v for k, v in run.items() if k not in ('distributed', 'world_size', 'rank', 'local_rank', 'phase')}
+    path.write_text(yaml.safe_dump(timms | {'val_split': 'test', 'pretrained': True, 'tta': 0}))  # as timm's train.py
     parser = ConfigParser()
     validate.add_arguments(parser)
     args = parser.parse_args(['-c', str(path)])

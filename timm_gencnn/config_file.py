@@ -12,6 +12,9 @@ RECIPES = Path(__file__).parent / 'recipes'
 # What a run's args.yaml holds besides its flags: the command, and what timm's init_distributed_device finds.
 _NO_FLAGS = {'command', 'version', 'distributed', 'world_size', 'rank', 'local_rank'}
 
+# By these one knows the args.yaml of a run, of timm's train.py too: it holds every flag, which nobody writes by hand.
+_RECORDED = {'resume', 'start_epoch'}
+
 
 class ConfigParser(argparse.ArgumentParser):
     """A parser whose `--config` names a YAML file, or a shipped recipe, of defaults: flags of the command line win."""
@@ -37,7 +40,7 @@ class ConfigParser(argparse.ArgumentParser):
         if not isinstance(config, dict):
             self.error(f'{path.name}: expected lines of the form "flag_name: value"')
         config = {str(key).replace('-', '_'): value for key, value in config.items()}
-        if 'world_size' in config and 'split' in known:  # what a run wrote, for `gencnn validate`
+        if config.keys() >= _RECORDED and 'split' in known:  # the args.yaml of a run, for `gencnn validate`
             config = _of_validation(config, known)
         config = {key: value for key, value in config.items() if key not in _NO_FLAGS}
         for key in config:
