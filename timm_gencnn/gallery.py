@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TEMPLATE = Path(__file__).with_name('gallery.html')
+IMAGES = 4  # per node
 PADDING = 2  # pixels between the images of a sheet, as `Samples.save` lays it out
 LONGEST_SIDE = 720  # pixels of an embedded sheet: about 40 kB of WebP, 100 MB for 2,000 nodes
 LOSSLESS_SIDE = 256  # below it, lossy compression would show
@@ -67,7 +68,7 @@ def gallery(
     nodes: str | int | Iterable[str | int],
     out: str | Path,
     *,
-    n: int = 4,
+    n: int = IMAGES,
     overwrite: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -96,29 +97,27 @@ def gallery(
             node could be drawn.
         OSError: `out` cannot be written. What was finished is kept.
     """
-    return _gallery(model, nodes, out, n=n, overwrite=overwrite, progress=progress, **settings).page
+    return _gallery(model, nodes, Path(out), overwrite, progress, {'n': n} | settings).page
 
 
 def _gallery(
     model: str | nn.Module,
     nodes: str | int | Iterable[str | int],
-    out: str | Path,
-    *,
-    n: int = 4,
-    overwrite: bool = False,
-    progress: bool = True,
-    **settings: Any,
+    out: Path,
+    overwrite: bool,
+    progress: bool,
+    settings: dict[str, Any],
 ) -> _Folder:
     """The folder of `gallery`, with what became of each node."""
     name = model if isinstance(model, str) else _describe(model)
     net = load_model(model) if isinstance(model, str) else model
-    bound = inspect.signature(visualize).bind(net, '', n=n, progress=False, **settings)
+    bound = inspect.signature(visualize).bind(net, '', progress=False, **settings)
     bound.apply_defaults()
     settings = {k: v for k, v in bound.arguments.items() if k not in ('model', 'node')}
     size = sides(settings['size'], settings['reference'])
     wanted = _expand(net, nodes, size)
     _check_settings(net, wanted, size, settings)
-    room = _Folder(Path(out), name, wanted, _request(net, settings))
+    room = _Folder(out, name, wanted, _request(net, settings))
     room.open(overwrite)
     room.draw(net, settings, progress)
     failed = room.failed()
@@ -534,14 +533,8 @@ def main(args: argparse.Namespace) -> None:
         ValueError: As `gallery`, or some nodes could not be drawn; the page is written all the same.
     """
     model = load_model(args.model, checkpoint_path=args.checkpoint) if args.checkpoint else args.model
-    room = _gallery(
-        model,
-        args.nodes,
-        args.out,
-        overwrite=args.overwrite,
-        device=default_device(args.device),
-        **sampling_arguments(args),
-    )
+    settings = {'n': IMAGES, 'device': default_device(args.device)} | sampling_arguments(args)
+    room = _gallery(model, args.nodes, Path(args.out), args.overwrite, True, settings)
     failed, total = room.failed(), len(room.wanted)
     print(f'wrote {room.page}: {total - len(failed)} drawn, {len(failed)} failed')
     if failed:
