@@ -177,22 +177,22 @@ def test_compiles_without_graph_breaks(name):
 
 
 @pytest.mark.parametrize(
-    ('name', 'width', 'stride', 'parameters'),
+    ('name', 'widths', 'stride', 'parameters'),
     [
-        ('resnet8_w32', 32, 1, 1_210_410),
-        ('resnet10_w16', 16, 1, 308_826),
-        ('resnet10_w32', 32, 1, 1_228_970),
-        ('resnet10_w16_s2', 16, 2, 308_826 + 90 * 129),
-        ('resnet10_w32_s2', 32, 2, 1_228_970 + 90 * 257),
+        ('resnet8_w64', (32, 64, 192, 192), 1, 1_165_866),
+        ('resnet10_w16', (16, 32, 64, 128), 1, 308_826),
+        ('resnet10_w32', (32, 64, 128, 256), 1, 1_228_970),
+        ('resnet10_w16_s2', (16, 32, 64, 128), 2, 308_826 + 90 * 129),
+        ('resnet10_w32_s2', (32, 64, 128, 256), 2, 1_228_970 + 90 * 257),
     ],
 )
-def test_small_resnets(name, width, stride, parameters):
+def test_small_resnets(name, widths, stride, parameters):
     model = timm.create_model(name).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     images = torch.randn(2, 3, 32 * stride, 32 * stride)
     sides = [32, 16, 8, 4]
     maps = model.forward_intermediates(images, intermediates_only=True)[-4:]
-    assert [m.shape[1:] for m in maps] == [(width * 2**i, s, s) for i, s in enumerate(sides)]
+    assert [m.shape[1:] for m in maps] == [(c, s, s) for c, s in zip(widths, sides, strict=True)]
     net = timm.create_model(name, features_only=True)
     assert [f.shape[-1] for f in net(images)] == sides
     assert net.feature_info.reduction() == [32 * stride // s for s in sides]
@@ -204,3 +204,20 @@ def test_small_resnets(name, width, stride, parameters):
     assert cfg['num_classes'] == model.num_classes
     assert model.get_submodule(cfg['first_conv']) is next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     assert model.get_submodule(cfg['classifier']) is model.get_classifier()
+
+
+def test_a_pooling_block_is_its_formula():
+    torch.manual_seed(0)
+    block = timm.create_model('resnet8_w64').eval().stages[1][0]
+    for norm in (block.norm_act, block.residual.bn):
+        norm.running_mean.normal_()
+        norm.weight.data.uniform_(-1, 1)  # a negative factor tells pooling before the norm from pooling after it
+    x = torch.randn(2, 64, 16, 16)
+    pooled = nn.functional.max_pool2d(block.conv(x), 2)
+    act = nn.functional.gelu(nn.functional.batch_norm(pooled, *_statistics(block.norm_act)))
+    branch = nn.functional.batch_norm(block.residual.conv(act), *_statistics(block.residual.bn))
+    torch.testing.assert_close(block(x), act + nn.functional.gelu(branch))
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias
