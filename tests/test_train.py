@@ -640,6 +640,7 @@ def test_settings_are_converted_as_flags_are(tmp_path, capsys):
         ('epochs: 1.5', "argument --epochs: invalid int value: '1.5'"),
         ('lr: [0.1]', "argument --lr: invalid float value: '[0.1]'"),
         ('mean: [0.5, half]', "argument --mean: invalid float value: 'half'"),
+        ('phase: GD', "argument --phase: invalid choice: 'GD'"),
     ):
         path.write_text(line)
         with pytest.raises(SystemExit):

@@ -56,8 +56,12 @@ class ConfigParser(argparse.ArgumentParser):
         return config
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
-        """What a flag makes of its value in the file, converted as on the command line."""
-        if value is None or action.type is None:
+        """What a flag makes of its value in the file, converted and checked as on the command line."""
+        if value is None:
+            return value
+        if action.choices is not None:
+            self._check_value(action, value)
+        if action.type is None:
             return value
         if action.nargs is None:
             return self._get_value(action, str(value))
