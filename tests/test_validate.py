@@ -131,6 +131,18 @@ def results_of(folder, *more):
     return json.loads((folder / 'results.json').read_text())
 
 
+def test_without_a_checkpoint_the_published_weights_are_measured(folder, capsys):
+    argv = ['validate', '--data-dir', str(folder), '-j', '0', '--device', 'cpu']
+    argv += ['--results-file', str(folder / 'r.json')]
+    found = []
+    for more in ([], ['--pretrained']):
+        assert cli.main([*argv, '--model', 'gencnn_lenet.gg_mnist', *more]) == 0
+        found.append(json.loads((folder / 'r.json').read_text())['nll'])
+    assert found[0] == found[1]
+    assert cli.main([*argv, '--model', 'alexnet']) == 2
+    assert "cannot load model 'alexnet' '': No pretrained weights exist" in capsys.readouterr().err
+
+
 def test_the_network_is_the_one_that_was_trained(folder):
     """Its shape is given by timm's flags: the pooling, the norm's epsilon, and what only its constructor knows."""
     torch.manual_seed(0)

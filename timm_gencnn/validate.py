@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
     add('--split', default='validation', metavar='NAME')
     add('--model', '-m', default='gencnn_lenet', metavar='NAME')
-    add('--pretrained', **switch)
+    add('--pretrained', **switch, help='the published weights; also without --checkpoint')
     add('--checkpoint', default='', metavar='PATH', help='a checkpoint of gencnn train, or of timm')
     add('--use-ema', **switch, help='the moving average of the weights in the checkpoint')
     add('--num-classes', type=int, metavar='N')
@@ -118,7 +118,8 @@ def _create_model(args: argparse.Namespace) -> Any:
     try:
         overlay = args.pretrained_cfg_overlay or None
         arguments = model_arguments(vars(args))
-        model = create_model(args.model, pretrained=args.pretrained, pretrained_cfg_overlay=overlay, **arguments)
+        pretrained = args.pretrained or not args.checkpoint  # as timm's validate.py: an untrained network says nothing
+        model = create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments)
         if args.checkpoint:
             load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     except (RuntimeError, TypeError, KeyError, FileNotFoundError) as error:
