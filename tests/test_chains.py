@@ -165,6 +165,15 @@ def test_gallery_spends_exactly_its_budget_and_raises_the_score(steps):
     assert (linear(trace.z) > start).all()
 
 
+@pytest.mark.parametrize(('steps', 'averaged'), [(8, 1), (50, 3), (129, 5)])
+def test_gallery_averages_the_states_of_its_last_eighth(steps, averaged):
+    states = []
+    state, streams = begin(linear, 3)
+    keep = lambda gradients, state, acceptance: states.append(state.z)  # noqa: E731
+    trace = chains.sample_gallery(linear, state, streams, steps, temperature=0.02, report=keep)
+    torch.testing.assert_close(trace.z, torch.stack(states[-averaged:]).mean(0))
+
+
 def test_gallery_does_not_depend_on_the_scale_of_the_score():
     """Class logits and hidden units differ by orders of magnitude; the pictures must not."""
     ends = []

@@ -26,7 +26,7 @@ class Trace(NamedTuple):
     """What a run leaves behind.
 
     Attributes:
-        z: Final latents [n, ...].
+        z: Final latents [n, ...]; in the gallery regime the mean of the last ones (see `Schedule.average`).
         scores: Score of every kept draw [draws, n]; in the gallery regime of every transition, and of the random
             view at its end.
         acceptance: Mean Metropolis acceptance probability of the kept transitions [n]; NaN in the gallery regime, which
@@ -194,6 +194,8 @@ class Schedule(NamedTuple):
         start: Tilt at the start relative to the final one.
         ramp_up: Share of the budget over which `move` rises linearly at the start.
         ramp_down: Share of the budget over which it falls at the end.
+        average: Share of the budget at its end whose states are averaged into the picture, which takes the heat that
+            is left and the jitter of the views out of it.
     """
 
     strength: float = 1.0
@@ -204,6 +206,7 @@ class Schedule(NamedTuple):
     start: float = 0.1
     ramp_up: float = 0.1
     ramp_down: float = 0.3
+    average: float = 0.125
 
     def tilt(self, done: float) -> float:
         """Tilt relative to its final value when the share `done` in [0, 1] of the budget is spent."""
@@ -253,6 +256,7 @@ def sample_gallery(
         raise ValueError(f'steps={steps} is too small for a picture: give at least 8, better 512')
     rms = _rms(state.grad)
     scores = []
+    total, count = torch.zeros_like(state.z), 0
     refused = torch.zeros(len(rms), dtype=torch.long, device=rms.device)
     for first in range(1, steps, schedule.n_leapfrog):
         n_leapfrog = min(schedule.n_leapfrog, steps - first)
@@ -265,10 +269,12 @@ def sample_gallery(
         rms = 0.9 * rms + 0.1 * _rms(state.grad)
         scores.append(state.score)
         refused += ~finite
+        if first + n_leapfrog > steps * (1 - schedule.average):
+            total, count = total + state.z, count + 1
         if report:
             report(first + n_leapfrog, state, None)
     none = torch.full_like(rms, math.nan)
-    return Trace(state.z, torch.stack(scores), none, eps, now, none, refused, steps)
+    return Trace(total / count, torch.stack(scores), none, eps, now, none, refused, steps)
 
 
 def _rms(grad: Tensor) -> Tensor:
