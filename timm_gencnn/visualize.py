@@ -58,7 +58,7 @@ def visualize(
     sample the model itself: adjusted HMC, exact, with diagnostics that mean something (on an ordinary classifier the
     images are noise with faint structure: that is what the model believes). Otherwise, and by default, the run makes a
     gallery picture: the same dynamics at a low temperature, without an accept step, on the score averaged over random
-    views of the image (see `timm_gencnn.views`).
+    views of the image (see `timm_gencnn.views`), and the mean of the chain's last states.
 
     Args:
         model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
