@@ -184,6 +184,18 @@ def test_gallery_does_not_depend_on_the_scale_of_the_score():
     assert torch.allclose(*ends, atol=1e-4)
 
 
+def test_strength_and_move_may_differ_from_chain_to_chain():
+    def run(strength, move):
+        state, streams = begin(linear, 2)
+        return chains.sample_gallery(linear, state, streams, 60, temperature=0.02, strength=strength, move=move)
+
+    mixed = run(torch.tensor([1.0, 0.5]).double(), torch.tensor([0.03, 0.012]).double())
+    for i, other in enumerate((run(1.0, 0.03), run(0.5, 0.012))):
+        torch.testing.assert_close(mixed.z[i], other.z[i], atol=1e-5, rtol=0)
+        assert not torch.allclose(mixed.z[1 - i], other.z[1 - i], atol=1e-2)
+        torch.testing.assert_close(mixed.tilt[i], other.tilt[i])
+
+
 def test_gallery_chains_do_not_depend_on_their_batch():
     state, streams = begin(linear, 3)
     together = chains.sample_gallery(linear, state, streams, 40, temperature=0.02).z

@@ -124,7 +124,7 @@ def check_rough(model: nn.Module, node: Any, size: tuple[int, int]) -> None:
     z = torch.randn(4, *reference.shape, generator=torch.Generator().manual_seed(2))
     f = lambda z: score(reference(z))  # noqa: E731
     _, grad = hmc.score_and_grad(f, z)
-    step = chains.Schedule().move * grad / grad.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+    step = chains.MOVE * grad / grad.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
     assert (gain(f, z, step) / (step * grad).flatten(1).sum(1)).mean() < 0.1
 
 

@@ -180,6 +180,19 @@ def test_a_class_is_drawn_on_both_sides_and_a_callable_at_its_own() -> None:
     assert differences[1] > 0.2
 
 
+def test_each_node_is_drawn_in_the_manner_of_its_kind() -> None:
+    model = Stripes().eval()
+    stripe = lambda x: x[..., 6:10].mean((1, 2, 3))  # noqa: E731
+    mixed = quick(model, [0, stripe], n=2)
+    assert mixed.settings['views'] == [PHOTOGRAPHS._asdict(), PLAIN._asdict()]
+    alone = quick(model, 0, n=2)
+    torch.testing.assert_close(mixed.images[:2], alone.images, atol=1e-2, rtol=0)
+    tilt = torch.tensor(mixed.diagnostics['tilt'])
+    rms = (tilt * torch.tensor([PHOTOGRAPHS.strength] * 2 + [PLAIN.strength] * 2) ** -1).log()
+    assert (rms.diff().abs() < 1).all()  # the score is the same; only the strength, and its views, are not
+    assert tilt[:2].mean() < 0.7 * tilt[2:].mean()
+
+
 def test_the_score_told_is_that_of_the_plain_image() -> None:
     """And the trace's are those of views."""
     model = Stripes().eval()
@@ -228,9 +241,9 @@ def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
     tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = visualize(LENET, [3, 'conv2:1'], n=1, steps=8, progress=False)
-    assert new.settings['views'] == [{'crop': 1.0, 'flip': False, 'shift': 0.08}] * 2
+    assert new.settings['views'] == [PLAIN._asdict()] * 2
     exact = visualize(LENET, 3, n=1, steps=70, temperature=1, progress=False)
-    other = chains.Schedule()._asdict() | {'move': 0.04}
+    other = chains.Schedule()._asdict() | {'average': 0.5}
     new.settings['schedule'], schedule = other, new.settings['schedule']
     path = str(new.save(tmp_path / 'other.png'))
     assert cli.main(['visualize', '--like', path, '--out', str(tmp_path / 'again.png')]) == 2

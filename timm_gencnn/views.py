@@ -16,26 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import hmc
+from . import chains, hmc
 
 OWN_STREAMS = 0x5EED  # added to the seed of a run, so that views and momenta draw different numbers
 
 
 class Views(NamedTuple):
-    """The law of the random views of one node's images.
+    """The law of the random views of one node's images, and how its chains move.
 
     Attributes:
         crop: Side of the smallest crop, as a share of the image's; sides are uniform on (crop, 1), then enlarged.
         flip: Whether half of the views are mirrored, left to right.
         shift: Largest circular shift of a view, as a share of the shorter image side.
+        strength: How far the score is asked to go (see `chains.sample_gallery`).
+        move: Scale of the moves, likewise.
     """
 
     crop: float = 1.0
     flip: bool = False
     shift: float = 0.08
+    strength: float = chains.STRENGTH
+    move: float = chains.MOVE
 
 
-PHOTOGRAPHS = Views(crop=0.5, flip=True)
+# Twelve classes, 128 px, two chains each, half the strength: these moves raised the log-probability of an independent
+# judge from -3.2 (at 0.03) to -1.9 and left no pixel saturated, with scores twice as high. Digits became all but alike.
+PHOTOGRAPHS = Views(crop=0.5, flip=True, strength=0.5, move=0.012)
 PLAIN = Views()
 
 
@@ -43,7 +49,8 @@ def views_of(kind: str, channels: int) -> Views:
     """The views that leave a node's question what it is.
 
     Classes of colour images are taken for things in photographs. Digits and letters do not survive a mirror, and a unit
-    inside a network may ask for an orientation, a scale or a place: they are only moved a little.
+    inside a network may ask for an orientation, a scale or a place: they are only moved a little. A photograph's chain
+    takes smaller moves towards a weaker answer, which leaves its colours soft.
 
     Args:
         kind: As in `ScoreFunction.kinds`.
@@ -58,14 +65,15 @@ class Viewer:
     Args:
         views: The law of each chain's views.
         seed: Seed of the run.
-        chains: Index of each chain: chain i sees the same views in every batch that holds it.
+        ids: Index of each chain: chain i sees the same views in every batch that holds it.
         device: Where the images will be.
     """
 
-    def __init__(self, views: Sequence[Views], seed: int, chains: Sequence[int], device: torch.device | str = 'cpu'):
-        self.streams = hmc.Streams(seed + OWN_STREAMS, chains, device)
+    def __init__(self, views: Sequence[Views], seed: int, ids: Sequence[int], device: torch.device | str = 'cpu'):
+        self.streams = hmc.Streams(seed + OWN_STREAMS, ids, device)
         self.closest = min(v.crop for v in views)
-        self.crop, self.flip, self.shift = (torch.tensor(v, device=device) for v in zip(*views, strict=True))
+        law = [(v.crop, v.flip, v.shift) for v in views]
+        self.crop, self.flip, self.shift = (torch.tensor(v, device=device) for v in zip(*law, strict=True))
 
     def __call__(self, images: Tensor) -> Tensor:
         """A view of each image [n, C, H, W], of the same size, differentiable."""

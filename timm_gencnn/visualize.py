@@ -465,11 +465,14 @@ class _Run:
                 budget |= {'n_leapfrog': self.paper.n_leapfrog, 'step_size': self.paper.angle}
             trace = chains.sample_exact(score, state, streams, kick=kick, **budget)
         else:
-            viewer = Viewer([self.views[k] for k in group for _ in some], self.seed, ids, self.device)
+            views = [self.views[k] for k in group for _ in some]
+            viewer = Viewer(views, self.seed, ids, self.device)
+            far = torch.tensor([(v.strength, v.move) for v in views], dtype=torch.float64, device=self.device)
 
             def seen(z: Tensor) -> Tensor:
                 return (rough or node_score)(viewer(self.reference(z)))
 
+            budget |= {'strength': far[:, 0], 'move': far[:, 1]}
             trace = chains.sample_gallery(seen, state, streams, temperature=self.temperature, tilt=self.tilt, **budget)
         bar.update(self.steps - last[1])
         final, _ = hmc.score_and_grad(score, trace.z)  # the one pass that has been compiled is that with a gradient
