@@ -101,7 +101,7 @@ def main() -> None:
     saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()
     print(
         f'{args.tool}: {len(classes)} classes x {args.n}, {args.steps} gradients, {args.size} px: '
-        f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, median rank {rank.median()}, '
+        f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, median rank {rank.median() + 1}, '
         f'score {ratio.median():.1f} x real, above {100 * above:.0f} % of real images, '
         f'saturated {100 * saturated:.1f} %, variety {variety:.2f}, {seconds:.0f} CPU s a picture'
     )
