@@ -206,6 +206,12 @@ def test_small_resnets(name, widths, stride, parameters):
     assert model.get_submodule(cfg['classifier']) is model.get_classifier()
 
 
+def test_the_pooling_resnet_takes_what_its_siblings_take():
+    model = timm.create_model('resnet8_w64', act_layer='relu', drop_path_rate=0.3)
+    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 7
+    assert [stage[0].drop_path.drop_prob for stage in model.stages[1:]] == pytest.approx([0.15, 0.3])
+
+
 def test_a_pooling_block_is_its_formula():
     torch.manual_seed(0)
     block = timm.create_model('resnet8_w64').eval().stages[1][0]

@@ -172,6 +172,9 @@ def test_gallery_averages_the_states_of_its_last_eighth(steps, averaged):
     keep = lambda gradients, state, acceptance: states.append(state.z)  # noqa: E731
     trace = chains.sample_gallery(linear, state, streams, steps, temperature=0.02, report=keep)
     torch.testing.assert_close(trace.z, torch.stack(states[-averaged:]).mean(0))
+    state, streams = begin(linear, 3)
+    trace = chains.sample_gallery(linear, state, streams, steps, temperature=0.2, report=keep)
+    assert torch.equal(trace.z, states[-1])  # hot: the heat is asked for
 
 
 def test_gallery_does_not_depend_on_the_scale_of_the_score():

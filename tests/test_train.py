@@ -635,12 +635,16 @@ def test_settings_are_converted_as_flags_are(tmp_path, capsys):
         1,
         None,
     )
+    path.write_text('experiment: 2024\n')
+    assert parse(['train', '-c', str(path)]).experiment == '2024'
     for line, error in (
         ('epochs: ten', "argument --epochs: invalid int value: 'ten'"),
         ('epochs: 1.5', "argument --epochs: invalid int value: '1.5'"),
         ('lr: [0.1]', "argument --lr: invalid float value: '[0.1]'"),
         ('mean: [0.5, half]', "argument --mean: invalid float value: 'half'"),
         ('phase: GD', "argument --phase: invalid choice: 'GD'"),
+        ('amp: "false"', "argument --amp: expected true or false, got 'false'"),
+        ('model_kwargs: a=1', 'argument --model-kwargs: expected lines of the form "name: value", got \'a=1\''),
     ):
         path.write_text(line)
         with pytest.raises(SystemExit):

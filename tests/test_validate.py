@@ -141,6 +141,8 @@ def test_without_a_checkpoint_the_published_weights_are_measured(folder, capsys)
     assert found[0] == found[1]
     assert cli.main([*argv, '--model', 'alexnet']) == 2
     assert "cannot load model 'alexnet' '': No pretrained weights exist" in capsys.readouterr().err
+    assert cli.main([*argv, '--model', 'gencnn_lenet', '--num-classes', '2']) == 2
+    assert "the published 'gencnn_lenet' has 10 classes, not 2: give --checkpoint" in capsys.readouterr().err
 
 
 def test_the_network_is_the_one_that_was_trained(folder):
@@ -192,14 +194,16 @@ def test_class_map_is_not_that_of_the_other_data_set(folder):
     (folder / 'noise/1').rename(folder / 'noise/static')
     (folder / 'noise/0').rename(folder / 'noise/snow')
     (folder / 'classes.txt').write_text('1\n0\n')
-    argv = ['--model', 'lenet', '--class-map', str(folder / 'classes.txt'), '--ood-data-dir', str(folder / 'noise')]
+    torch.save({'state_dict': timm.create_model('lenet', num_classes=2).state_dict()}, folder / 'model.pth.tar')
+    argv = ['--model', 'lenet', '--checkpoint', str(folder / 'model.pth.tar')]
+    argv += ['--class-map', str(folder / 'classes.txt'), '--ood-data-dir', str(folder / 'noise')]
     assert 'auroc_logit' in results_of(folder, *argv)
 
 
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
-        (['--num-classes', '1'], 'has 2 classes, the model 1'),
+        (['--num-classes', '1', '--checkpoint', '{folder}/one.pth.tar'], 'has 2 classes, the model 1'),
         (['--checkpoint', 'gone.pth.tar'], "cannot load model 'lenet' 'gone.pth.tar'"),
         (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere'"),
         (['--model-kwargs', 'depth=3'], "cannot load model 'lenet'"),
@@ -207,6 +211,7 @@ def test_class_map_is_not_that_of_the_other_data_set(folder):
     ],
 )
 def test_bad_input(folder, capsys, more, message):
-    argv = ['validate', '--model', 'lenet', '--data-dir', str(folder), '-j', '0', '--device', 'cpu', *more]
-    assert cli.main(argv) == 2
+    torch.save({'state_dict': timm.create_model('lenet', num_classes=1).state_dict()}, folder / 'one.pth.tar')
+    argv = ['validate', '--model', 'lenet', '--data-dir', str(folder), '-j', '0', '--device', 'cpu']
+    assert cli.main([*argv, *(word.format(folder=folder) for word in more)]) == 2
     assert message in capsys.readouterr().err

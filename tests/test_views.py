@@ -187,10 +187,10 @@ def test_each_node_is_drawn_in_the_manner_of_its_kind() -> None:
     assert mixed.settings['views'] == [PHOTOGRAPHS._asdict(), PLAIN._asdict()]
     alone = quick(model, 0, n=2)
     torch.testing.assert_close(mixed.images[:2], alone.images, atol=1e-2, rtol=0)
-    tilt = torch.tensor(mixed.diagnostics['tilt'])
-    rms = (tilt * torch.tensor([PHOTOGRAPHS.strength] * 2 + [PLAIN.strength] * 2) ** -1).log()
-    assert (rms.diff().abs() < 1).all()  # the score is the same; only the strength, and its views, are not
-    assert tilt[:2].mean() < 0.7 * tilt[2:].mean()
+    # the step is sqrt(move · pace / (tilt · RMS)), and the tilt strength / RMS
+    squared = torch.tensor(mixed.diagnostics['step_size']).square()
+    ratio = (PHOTOGRAPHS.move / PHOTOGRAPHS.strength) / (PLAIN.move / PLAIN.strength)
+    torch.testing.assert_close(squared[:2] / squared[2:], torch.full((2,), ratio).to(squared), rtol=1e-4, atol=0)
 
 
 def test_the_score_told_is_that_of_the_plain_image() -> None:

@@ -178,6 +178,7 @@ def sample_exact(
 
 STRENGTH = 1.0
 MOVE = 0.03
+HOT = 0.1
 
 
 class Schedule(NamedTuple):
@@ -197,7 +198,8 @@ class Schedule(NamedTuple):
         ramp_up: Share of the budget over which moves grow linearly at the start.
         ramp_down: Share of the budget over which they shrink at the end.
         average: Share of the budget at its end whose states are averaged into the picture, which takes the heat that
-            is left and the jitter of the views out of it.
+            is left and the jitter of the views out of it. Above T = 0.1 the picture is the last state: there the heat
+            is asked for, and the mean would be grey.
     """
 
     n_leapfrog: int = 4
@@ -264,6 +266,7 @@ def sample_gallery(
     rms = _rms(state.grad)
     scores = []
     total, count = torch.zeros_like(state.z), 0
+    average = schedule.average if temperature <= HOT else 0.0
     refused = torch.zeros(len(rms), dtype=torch.long, device=rms.device)
     for first in range(1, steps, schedule.n_leapfrog):
         n_leapfrog = min(schedule.n_leapfrog, steps - first)
@@ -276,7 +279,7 @@ def sample_gallery(
         rms = 0.9 * rms + 0.1 * _rms(state.grad)
         scores.append(state.score)
         refused += ~finite
-        if first + n_leapfrog > steps * (1 - schedule.average):
+        if first + n_leapfrog >= steps * (1 - average):
             total, count = total + state.z, count + 1
         if report:
             report(first + n_leapfrog, state, None)

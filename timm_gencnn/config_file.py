@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.utils import ParseKwargs
 
 RECIPES = Path(__file__).parent / 'recipes'
 # What a run's args.yaml holds besides its flags: the command, and what timm's init_distributed_device finds.
@@ -61,8 +62,12 @@ class ConfigParser(argparse.ArgumentParser):
             return value
         if action.choices is not None:
             self._check_value(action, value)
+        if action.nargs == 0 and not isinstance(value, bool):
+            raise argparse.ArgumentError(action, f'expected true or false, got {value!r}')
+        if isinstance(action, ParseKwargs) and not isinstance(value, dict):
+            raise argparse.ArgumentError(action, f'expected lines of the form "name: value", got {value!r}')
         if action.type is None:
-            return value
+            return str(value) if action.nargs is None and isinstance(value, int | float) else value
         if action.nargs is None:
             return self._get_value(action, str(value))
         return [self._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]

@@ -70,7 +70,8 @@ def visualize(
         reference: `'natural'`, `'white'` or an object like those of `timm_gencnn.reference`.
         temperature: T > 0; None is the gallery default.
         tilt: Factor on the score, > 0; None is 1 at `temperature=1`, else automatic: each chain's is the one at which
-            the score asks for images as far from the mean as the reference's own (`diagnostics['tilt']` has them).
+            the score asks for images as far from the mean as the reference's own, or half as far for classes of colour
+            images (`diagnostics['tilt']` has them).
         size: Image side or (height, width) in pixels; None is that of a reference of one's own, else the model's own
             or, for channels of early convolutions alone, one and a half times their receptive field.
         seed: Non-negative integer; the same seed gives the same pixels on the same machine.

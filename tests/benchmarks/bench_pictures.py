@@ -101,9 +101,10 @@ def main() -> None:
     saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()
     print(
         f'{args.tool}: {len(classes)} classes x {args.n}, {args.steps} gradients, {args.size} px: '
-        f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, median rank {rank.median() + 1}, '
-        f'score {ratio.median():.1f} x real, above {100 * above:.0f} % of real images, '
-        f'saturated {100 * saturated:.1f} %, variety {variety:.2f}, {seconds:.0f} CPU s a picture'
+        f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, '
+        f'median rank {rank.median() + 1}, score {ratio.median():.1f} x real, '
+        f'above {100 * above:.0f} % of real images, saturated {100 * saturated:.1f} %, '
+        f'variety {variety:.2f}, {seconds:.0f} CPU s a picture'
     )
     if args.out:
         save_image(pixels, args.out, nrow=8 * args.n)

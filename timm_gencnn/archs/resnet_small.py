@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_conv2d
+from timm.layers import DropPath, create_conv2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class PoolingBlock(nn.Module):
         stride: Side of the pooling windows.
         dilation: Of both convolutions.
         layers: ByobNet's makers of layers.
+        drop_path_rate: Rate at which a sample skips the residual convolution in training.
         device: Where the weights are made.
         dtype: Their type.
         kwargs: What ByobNet tells other blocks.
@@ -44,6 +45,7 @@ class PoolingBlock(nn.Module):
         stride: int,
         dilation: tuple[int, int],
         layers: LayerFn,
+        drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -54,11 +56,12 @@ class PoolingBlock(nn.Module):
         self.pool = nn.MaxPool2d(stride)
         self.norm_act = layers.norm_act(out_chs, **dd)
         self.residual = layers.conv_norm_act(out_chs, out_chs, 3, dilation=dilation[1], **dd)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps [N, in_chs, H, W] to [N, out_chs, H / stride, W / stride]."""
         x = self.norm_act(self.pool(self.conv(x)))
-        return x + self.residual(x)
+        return x + self.drop_path(self.residual(x))
 
 
 class SmallImageResNet(ByobNet):
@@ -164,4 +167,4 @@ def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet
 def resnet8_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Eight layers, 32 to 192 channels, for images of 32 pixels: 1.2 million parameters."""
     widths, strides, block = (64, 192, 192), (2, 2, 2), partial(PoolingBlock)
-    return _resnet('resnet8_w64', pretrained, widths, strides, 1, block, 'gelu', **kwargs)
+    return _resnet('resnet8_w64', pretrained, widths, strides, 1, block, **{'act_layer': 'gelu', **kwargs})
