@@ -249,6 +249,10 @@ def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
     assert cli.main(['visualize', '--like', path, '--out', str(tmp_path / 'again.png')]) == 2
     assert 'drawn by another schedule: draw it anew' in capsys.readouterr().err
     assert schedule == chains.Schedule()._asdict()
+    new.settings['schedule'], new.settings['views'] = schedule, [PLAIN._asdict(), PLAIN._asdict() | {'move': 0.04}]
+    path = str(new.save(tmp_path / 'moved.png'))
+    assert cli.main(['visualize', '--like', path, '--out', str(tmp_path / 'again.png')]) == 2
+    assert 'drawn by another schedule: draw it anew' in capsys.readouterr().err
     for samples, code in (new, 2), (exact, 0):  # those at T = 1 are as they were
         del samples.settings['views'], samples.settings['schedule']
         path = samples.save(tmp_path / 'old.png')

@@ -178,7 +178,7 @@ def sample_exact(
 
 STRENGTH = 1.0
 MOVE = 0.03
-HOT = 0.1
+HOT = 0.1  # the highest final temperature at which states are averaged
 
 
 class Schedule(NamedTuple):

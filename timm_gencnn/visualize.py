@@ -25,7 +25,7 @@ from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
 from .samples import Samples, check_writable, read_metadata, to_rgb
-from .views import Viewer, Views, views_of
+from .views import PHOTOGRAPHS, PLAIN, Viewer, Views, views_of
 
 STEPS = 512
 GALLERY_TEMPERATURE = 0.005  # measured with the schedule of `chains.Schedule`
@@ -58,7 +58,7 @@ def visualize(
     sample the model itself: adjusted HMC, exact, with diagnostics that mean something (on an ordinary classifier the
     images are noise with faint structure: that is what the model believes). Otherwise, and by default, the run makes a
     gallery picture: the same dynamics at a low temperature, without an accept step, on the score averaged over random
-    views of the image (see `timm_gencnn.views`), and the mean of the chain's last states.
+    views of the image (see `timm_gencnn.views`), and, at T <= 0.1, the mean of the chain's last states.
 
     Args:
         model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
@@ -577,7 +577,9 @@ def repeat_settings(path: str) -> dict[str, Any]:
         raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
     if old.get('regime') == 'gallery' and old['views'] is None:
         raise ValueError(f'{path!r} is from before gallery pictures had random views: draw it anew, without --like')
-    if old.get('regime') == 'gallery' and old['schedule'] != chains.Schedule()._asdict():
+    known = PHOTOGRAPHS._asdict(), PLAIN._asdict()
+    moved = old['schedule'] != chains.Schedule()._asdict() or any(views not in known for views in old['views'] or ())
+    if old.get('regime') == 'gallery' and moved:
         raise ValueError(f'{path!r} was drawn by another schedule: draw it anew, without --like')
     if old['reference'] not in ('natural', 'white'):
         raise ValueError(f'{path!r} was drawn with a reference of its own, {old["reference"]!r}: repeat it from Python')
