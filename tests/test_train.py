@@ -644,6 +644,7 @@ def test_settings_are_converted_as_flags_are(tmp_path, capsys):
         ('mean: [0.5, half]', "argument --mean: invalid float value: 'half'"),
         ('phase: GD', "argument --phase: invalid choice: 'GD'"),
         ('amp: "false"', "argument --amp: expected true or false, got 'false'"),
+        ('input_size: [1, 28]', 'argument --input-size: expected 3 values, got [1, 28]'),
         ('model_kwargs: a=1', 'argument --model-kwargs: expected lines of the form "name: value", got \'a=1\''),
     ):
         path.write_text(line)
@@ -669,7 +670,7 @@ def test_the_settings_of_a_run_are_a_configuration(images, straight, tmp_path):
 
 def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, tmp_path, capsys):
     rows = list(csv.DictReader((straight / 'summary.csv').open()))
-    argv = ['validate', '-c', str(straight / 'args.yaml'), '--checkpoint', str(straight / 'last.pth.tar'), '--use-ema']
+    argv = ['validate', '-c', str(straight / 'args.yaml'), '--checkpoint', str(straight / 'last.pth.tar')]
     assert cli.main([*argv, '--results-file', str(tmp_path / 'results.json')]) == 0
     found = json.loads((tmp_path / 'results.json').read_text())
     assert found['top1'] == pytest.approx(float(rows[-1]['eval_top1']))
@@ -677,15 +678,53 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     run = yaml.safe_load((straight / 'args.yaml').read_text())
     path = tmp_path / 'args.yaml'
     timms = {k: v for k, v in run.items() if k not in ('distributed', 'world_size', 'rank', 'local_rank', 'phase')}
-    path.write_text(yaml.safe_dump(timms | {'val_split': 'test', 'pretrained': True, 'tta': 0}))  # as timm's train.py
+    more = {'val_split': 'test', 'pretrained': True, 'tta': 0, 'device': 'cuda:3', 'data': 'there', 'data_dir': None}
+    path.write_text(yaml.safe_dump(timms | more))  # as timm's train.py writes them
     parser = ConfigParser()
     validate.add_arguments(parser)
     args = parser.parse_args(['-c', str(path)])
     assert (args.split, args.pretrained) == ('test', False)  # its weights are those of --checkpoint
+    assert (args.data, args.data_dir, args.use_ema) == (None, 'there', True)
+    assert args.device != 'cuda:3'  # this machine's, not that of the training
     path.write_text('epochs: 4\n')  # no run: a setting that validate lacks may be a slip
     with pytest.raises(SystemExit):
         parser.parse_args(['-c', str(path)])
     assert "unknown setting 'epochs'" in capsys.readouterr().err
+
+
+def test_an_empty_setting_leaves_the_default(tmp_path):
+    path = tmp_path / 'config.yaml'
+    path.write_text('epochs: null\nlr:\nbatch_size: 7\n')
+    args, plain = parse(['train', '-c', str(path)]), parse(['train'])
+    assert (args.epochs, args.lr, args.batch_size) == (plain.epochs, plain.lr, 7)
+
+
+@pytest.mark.parametrize('recorded', ['data: there', 'data_dir: there', 'data: there\ndata_dir: there'])
+@pytest.mark.parametrize('given', [['here'], ['--data-dir', 'here']])
+def test_a_folder_of_the_command_line_wins(tmp_path, monkeypatch, recorded, given):
+    path = tmp_path / 'config.yaml'
+    path.write_text(recorded)
+    for more, expected in ((given, 'here'), ([], 'there')):
+        args = parse(['train', '-c', str(path), '--phase', 'DG', *more])
+        train.check_arguments(args)
+        assert args.data_dir == expected
+    parser = ConfigParser()
+    validate.add_arguments(parser)
+    opened = []
+    monkeypatch.setattr(validate, 'open_dataset', lambda name, root, *a, **k: opened.append(root) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        validate.main(parser.parse_args(['-c', str(path), *given]))
+    assert opened == ['here']
+
+
+def test_the_process_group_of_a_caller_is_left_to_it(tmp_path):
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match='no image pool'):
+            train.main(parse(['train', '--phase', 'GG', '-b', '1', '--device', 'cpu']))
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):

@@ -41,9 +41,12 @@ class ConfigParser(argparse.ArgumentParser):
         if not isinstance(config, dict):
             self.error(f'{path.name}: expected lines of the form "flag_name: value"')
         config = {str(key).replace('-', '_'): value for key, value in config.items()}
+        folder = config.pop('data', None)
+        if folder is not None:  # so that a folder on the command line wins, whichever way it is given
+            config['data_dir'] = config.get('data_dir') or folder
         if config.keys() >= _RECORDED and 'split' in known:  # the args.yaml of a run, for `gencnn validate`
             config = _of_validation(config, known)
-        config = {key: value for key, value in config.items() if key not in _NO_FLAGS}
+        config = {key: value for key, value in config.items() if key not in _NO_FLAGS and value is not None}
         for key in config:
             if key not in known:
                 near = get_close_matches(key, known, n=1)
@@ -58,8 +61,6 @@ class ConfigParser(argparse.ArgumentParser):
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
         """What a flag makes of its value in the file, converted and checked as on the command line."""
-        if value is None:
-            return value
         if action.choices is not None:
             self._check_value(action, value)
         if action.nargs == 0 and not isinstance(value, bool):
@@ -70,10 +71,17 @@ class ConfigParser(argparse.ArgumentParser):
             return str(value) if action.nargs is None and isinstance(value, int | float) else value
         if action.nargs is None:
             return self._get_value(action, str(value))
-        return [self._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        if isinstance(action.nargs, int) and len(items) != action.nargs:
+            raise argparse.ArgumentError(action, f'expected {action.nargs} values, got {value!r}')
+        return [self._get_value(action, str(item)) for item in items]
 
 
 def _of_validation(run: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """What the args.yaml of a training run says of validation; `pretrained` is where the training began."""
-    settings = {key: value for key, value in run.items() if key in known and key != 'pretrained'}
+    """What the args.yaml of a training run says of validation.
+
+    Not `pretrained`, where the training began, nor its device.
+    """
+    settings = {key: value for key, value in run.items() if key in known and key not in ('pretrained', 'device')}
+    settings['use_ema'] = bool(run.get('model_ema'))  # what the run validated
     return settings | ({'split': run['val_split']} if run.get('val_split') else {})

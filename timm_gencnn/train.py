@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
         ValueError: Flags that contradict each other, missing data, labels out of range, a loss that is not finite.
         OSError: A checkpoint cannot be written.
     """
+    own_group = not _has_group()
     try:
         if args.script:
             script.run(args.script)
@@ -55,9 +56,13 @@ def main(args: argparse.Namespace) -> None:
             check_arguments(args)
             Trainer(args, utils.init_distributed_device(args)).run()
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if own_group and _has_group():
             torch.distributed.destroy_process_group()
         gc.collect()  # Gloo's threads end with the last reference to the group; alive, they may abort the exit
+
+
+def _has_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Trainer:

@@ -232,8 +232,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: They do.
     """
-    if args.data and not args.data_dir:
-        args.data_dir = args.data
+    args.data_dir = args.data or args.data_dir
     if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
         raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
     if args.phase != 'DG' and args.batch_size < 2 and int(os.environ.get('WORLD_SIZE', 1)) < 2:

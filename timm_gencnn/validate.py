@@ -81,8 +81,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Missing data, classes that do not fit, or an unusable checkpoint.
     """
-    if args.data and not args.data_dir:
-        args.data_dir = args.data
+    args.data_dir = args.data or args.data_dir
     device = torch.device(args.device)
     model = _create_model(args).to(device).eval()
     config = resolve_data_config(vars(args), model=model)
