@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 LAYERS = {
     'lenet': ('conv1', 'conv2', 'fc1'),
     'alexnet_small': ('conv2', 'conv4', 'fc6'),
-    'resnet10_w32': ('stages.0', 'stages.1', 'stages.2'),
+    'resnet10_w16': ('stages.0', 'stages.1', 'stages.2'),
     'resnet8_w64': ('stages.0', 'stages.1', 'stages.2'),
     'resnet10_w32_s2': ('stages.0.0.act', 'stages.1.0.act', 'stages.2.0.act'),  # their inputs: units after can be dead
 }
