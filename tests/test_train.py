@@ -717,14 +717,14 @@ def test_a_folder_of_the_command_line_wins(tmp_path, monkeypatch, recorded, give
     assert opened == ['here']
 
 
-def test_the_process_group_of_a_caller_is_left_to_it(tmp_path):
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match='no image pool'):
-            train.main(parse(['train', '--phase', 'GG', '-b', '1', '--device', 'cpu']))
-        assert torch.distributed.is_initialized()
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.parametrize('before', [True, False])
+def test_only_a_process_group_of_its_own_is_destroyed(monkeypatch, before):
+    alive, destroyed = iter([before, True]), []
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: next(alive))
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: destroyed.append(True))
+    with pytest.raises(ValueError, match='no image pool'):
+        train.main(parse(['train', '--phase', 'GG', '-b', '1', '--device', 'cpu']))
+    assert len(destroyed) == (not before)
 
 
 def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):
