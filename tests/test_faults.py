@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_gencnn import chains, cli, hmc, log_z
-from timm_gencnn.nodes import list_nodes
+from timm_gencnn.node_lists import list_nodes
 from timm_gencnn.reference import White
 from timm_gencnn.samples import Samples, write_atomically
 from timm_gencnn.visualize import move, visualize

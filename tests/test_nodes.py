@@ -9,9 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_gencnn import layouts, nodes
+from timm_gencnn import layouts, node_lists, nodes
 from timm_gencnn.cli import main as cli
-from timm_gencnn.nodes import NodeInfo, expand, list_nodes, receptive_field, resolve
+from timm_gencnn.node_lists import NodeInfo, expand, list_nodes
+from timm_gencnn.nodes import receptive_field, resolve
 
 SHARED = Path(__file__).parents[2] / 'shared'
 SIZE = (16, 16)
@@ -756,13 +757,13 @@ def test_expand_nothing(zoo, pattern, message):
 
 def test_command(capsys):
     parser = argparse.ArgumentParser()
-    nodes.add_arguments(parser)
-    nodes.main(parser.parse_args(['test_vit', 'blocks.1.*']))
+    node_lists.add_arguments(parser)
+    node_lists.main(parser.parse_args(['test_vit', 'blocks.1.*']))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ['layer', 'channels', 'layout', 'shape']
     assert any(line.split() == ['blocks.1.mlp.fc1', '192', 'NLC', '101', 'x', '192'] for line in lines)
     with pytest.raises(ValueError, match='unknown model'):
-        nodes.main(parser.parse_args(['no_such_model']))
+        node_lists.main(parser.parse_args(['no_such_model']))
 
 
 class Noisy(Zoo):

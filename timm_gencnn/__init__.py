@@ -6,7 +6,7 @@ from .generative import GenerativeMixin, as_generative
 from .hub import from_pretrained, push_to_hub
 from .listing import list_pretrained
 from .loss import GenerativeLoss
-from .nodes import list_nodes
+from .node_lists import list_nodes
 from .partition import log_z
 from .samples import Samples
 from .task import GenerativeTask

@@ -13,7 +13,7 @@ from .config_file import ConfigParser
 COMMANDS = {
     'visualize': ('visualize', 'draw images for nodes of a network'),
     'gallery': ('gallery', 'draw many nodes into one HTML page'),
-    'nodes': ('nodes', 'list the layers of a network'),
+    'nodes': ('node_lists', 'list the layers of a network'),
     'train': ('train', 'train or pre-train a network'),
     'validate': ('validate', 'measure a network on a data set'),
     'push': ('hub', 'publish a network to the Hugging Face Hub'),

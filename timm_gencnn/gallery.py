@@ -34,8 +34,10 @@ from timm.models import is_model
 from torch import nn
 
 from .chains import Schedule
-from .nodes import Refused, ScoreFunction, expand, resolve
+from .node_lists import expand
+from .nodes import Refused, resolve
 from .samples import read_metadata, write_atomically
+from .scores import ScoreFunction
 from .views import PHOTOGRAPHS, PLAIN
 from .visualize import (
     _describe,

@@ -39,7 +39,7 @@ from torch import nn
 from . import zoo
 from .card import is_untouched, render_card
 from .config_check import WEIGHTS, check_hash, read_config
-from .nodes import _cfg
+from .model_config import own_config
 from .registry import PREFIX
 from .runs import is_run, load_run
 from .samples import Samples
@@ -233,7 +233,7 @@ def write_folder(
     model = unwrap_model(model)
     architecture = _architecture(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with mock.patch.object(model, 'pretrained_cfg', _cfg(model)):  # timm reads a dictionary
+    with mock.patch.object(model, 'pretrained_cfg', own_config(model)):  # timm reads a dictionary
         save_config_for_hf(
             model,
             str(folder / 'config.json'),
@@ -297,7 +297,7 @@ def _check_privacy(wanted: bool | None, private: bool | None, repo_id: str) -> N
 
 
 def _architecture(model: nn.Module) -> str:
-    name = str(_cfg(model).get('architecture'))
+    name = str(own_config(model).get('architecture'))
     architecture = PREFIX + name.removeprefix(PREFIX)
     if not timm.is_model(architecture):
         raise ValueError(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ais, hmc
-from .nodes import Node, resolve
+from .names import Node
+from .nodes import resolve
 from .reference import Reference
 from .visualize import check, chunk, frozen, load, make_reference, sides
 

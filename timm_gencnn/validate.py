@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .generative import as_generative
 from .loss import check_targets
-from .nodes import _cfg
+from .model_config import own_config
 from .reference import per_channel
 from .runs import model_arguments
 from .train_data import check_classes, open_dataset, plain_loader
@@ -120,7 +120,7 @@ def _create_model(args: argparse.Namespace) -> Any:
         arguments = model_arguments(vars(args))
         pretrained = args.pretrained or not args.checkpoint  # as timm's validate.py: an untrained network says nothing
         model = create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments)
-        classes = _cfg(model).get('num_classes', model.num_classes)
+        classes = own_config(model).get('num_classes', model.num_classes)
         if not args.checkpoint and classes != model.num_classes:
             raise ValueError(
                 f'the published {args.model!r} has {classes} classes, not {model.num_classes}: give --checkpoint'

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from . import chains, diagnostics, hmc
 from .layouts import without_checkpointing
-from .nodes import Node, ScoreFunction, _cfg, resolve
+from .model_config import own_config
+from .names import Node
+from .nodes import resolve
 from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
 from .registry import check_checkpoint, check_name
 from .samples import Samples, check_writable, read_metadata, to_rgb
+from .scores import ScoreFunction
 from .views import PHOTOGRAPHS, PLAIN, Viewer, Views, views_of
 
 STEPS = 512
@@ -102,7 +105,7 @@ def visualize(
     with frozen(net):
         score = resolve(net, nodes, size=sides(size, reference))
         if paper:
-            reference = White((score.in_chans, *score.size), paper.normalised_sigma(_cfg(net)))
+            reference = White((score.in_chans, *score.size), paper.normalised_sigma(own_config(net)))
         q = make_reference(reference, net, score.in_chans, score.size, where)
         if steps is None:
             steps = paper.gradients(set(score.kinds) == {'class'}) if paper else STEPS
@@ -282,7 +285,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _describe(model: nn.Module) -> str:
-    cfg = _cfg(model)
+    cfg = own_config(model)
     arch, tag = cfg.get('architecture'), cfg.get('tag')
     return f'{arch}.{tag}' if arch and tag else arch or type(model).__name__
 
@@ -352,7 +355,7 @@ def make_reference(
     if reference == 'white':
         return White(shape)
     if reference == 'natural':
-        return natural_for(_cfg(model), channels, size, device)
+        return natural_for(own_config(model), channels, size, device)
     raise ValueError(f"unknown reference {reference!r}: 'natural', 'white' or an object of timm_gencnn.reference")
 
 

@@ -26,7 +26,7 @@ from unittest import mock
 from timm.models import save_for_hf
 from torch import nn
 
-from timm_gencnn.nodes import _cfg
+from timm_gencnn.model_config import own_config
 
 __all__ = ['FOLDER', 'names', 'read', 'save', 'verify']
 
@@ -99,11 +99,11 @@ def save(
     """
     if not tag or not all(c.isalnum() or c in '_-' for c in tag):
         raise ValueError(f"tag is {tag!r}: give letters, digits, '_' and '-' only")
-    if not _cfg(model):
+    if not own_config(model):
         raise ValueError(f'{type(model).__name__} has no pretrained_cfg: make the model with timm.create_model')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as new, mock.patch.object(model, 'pretrained_cfg', _cfg(model)):
+    with TemporaryDirectory(dir=folder) as new, mock.patch.object(model, 'pretrained_cfg', own_config(model)):
         save_for_hf(model, new, {'label_names': label_names}, safe_serialization=True, data_config=data_config)
         weights, config = Path(new, 'model.safetensors'), json.loads(Path(new, 'config.json').read_text())
         model_args = config.get('model_args', {})

@@ -1,0 +1,286 @@
+"""Score functions: images -> scores of nodes, by forward passes that end where the last node is read.
+
+Knows where in a network the nodes are, and nothing of their names' grammar or of sampling.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layouts import Layout, Probe, StopForward, Tap, class_logits, grad, single_tensor, weighted_scores
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight * one unit (or the mean of one channel) of the tensor at `tap`."""
+
+    tap: Tap
+    layout: Layout
+    channel: int
+    position: tuple[int, ...] | None = None
+    weight: float = 1.0
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Scores [n] of a tensor [n, ...] whose windows, if any, are already an axis of their own."""
+        values = tensor.select(self.layout.axis, self.channel).float()
+        if self.position is None and values.ndim > 1:
+            values = values.flatten(1).mean(1)
+        else:  # a copy: what follows may work in place
+            for place in self.position or ():
+                values = values.select(1, place)
+            values = values.clone()
+        return values if self.weight == 1 else self.weight * values
+
+
+class ScoreFunction:
+    """Scores of one or more nodes, images [N, C, H, W] (normalised for the model) -> float32 [N].
+
+    With K nodes the batch is K groups of n = N / K contiguous images, group i scored by node i, all in one forward pass
+    that ends at the last layer needed. Nothing is left on the model between calls and nothing waits for the device.
+
+    Attributes:
+        names: Canonical name of each node; `resolve` takes it back.
+        kinds: 'class', 'layer', 'callable' or 'sum', for each node.
+        layers: Dotted names of the layers that each node reads ('' is the model's output).
+        notes: What a user should know about each node's score, or ''.
+        size: Default image height and width in pixels.
+        in_chans: Image channels.
+        dtype: Of the model, which images of another one are cast to.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[Sequence[Term]],
+        calls: Sequence[Sequence[tuple[float, Callable[[Tensor], Tensor]]]],
+        names: list[str],
+        kinds: list[str],
+        notes: list[str],
+        size: tuple[int, int],
+        in_chans: int,
+        dtype: torch.dtype,
+    ):
+        self.model, self.names, self.kinds, self.notes = model, names, kinds, notes
+        self.size, self.in_chans, self.dtype = size, in_chans, dtype
+        self.layers = [sorted({term.tap.layer for term in group}) for group in terms]
+        self._calls = calls
+        self._compiled: Callable[[Tensor], list[Tensor]] | None = None
+        self._reads: dict[Tap, list[tuple[int, Term]]] = defaultdict(list)
+        for group, members in enumerate(terms):
+            for term in members:
+                self._reads[term.tap].append((group, term))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scores [N] of images [N, C, H, W].
+
+        Raises:
+            ValueError: `images` is not a batch that the nodes divide evenly, or too small for a node's position.
+        """
+        groups = len(self.names)
+        if images.ndim != 4 or images.shape[1] != self.in_chans or not len(images) or len(images) % groups:
+            raise ValueError(
+                f'images of shape {list(images.shape)} given: {groups} node(s) take [N, {self.in_chans}, H, W] '
+                f'with N a positive multiple of {groups}'
+            )
+        n = len(images) // groups
+        images = images.to(self.dtype)
+        parts: list[list[Tensor]] = [[] for _ in range(groups)]
+        if self._reads:
+            self._forward(images, parts, n)
+        for group, calls in enumerate(self._calls):
+            parts[group] += [weight * call(images[group * n : (group + 1) * n]).float() for weight, call in calls]
+        scores = [members[0] if len(members) == 1 else torch.stack(members).sum(0) for members in parts]
+        return scores[0] if groups == 1 else torch.cat(scores)
+
+    @contextmanager
+    def compiled(self, **options: Any) -> Iterator[None]:
+        """Runs the network through `torch.compile` inside the block; callables and the sums of a node are run as ever.
+
+        The pass is one graph from the images to the tensors read, so that the compiler drops what comes after them,
+        where an eager pass is stopped by an exception. A new size of the batch compiles anew.
+
+        Args:
+            **options: Passed on to `torch.compile`, such as `backend`.
+        """
+        found: dict[Tap, Tensor] = {}
+
+        def read(tap: Tap, tensor: Tensor) -> None:
+            found[tap] = tensor.clone()  # what follows may work in place
+
+        def forward(images: Tensor) -> list[Tensor]:
+            output = self.model(images)
+            if Tap('') in self._reads:
+                read(Tap(''), class_logits(output))
+            seen.clear()  # leaves all as it was, since a change of what was traced would compile anew
+            return [found.pop(tap) for tap in self._reads]
+
+        with self._hooks(read) as seen:
+            self._compiled = torch.compile(forward, fullgraph=True, **options)
+            try:
+                yield
+            finally:
+                self._compiled = None
+
+    def _forward(self, images: Tensor, parts: list[list[Tensor]], n: int) -> None:
+        if self._compiled:
+            for tap, tensor in zip(self._reads, self._compiled(images), strict=True):
+                self._read(tap, tensor, parts, n)
+            return
+        waiting = len(self._reads)
+
+        def read(tap: Tap, tensor: Tensor) -> None:
+            nonlocal waiting
+            waiting -= 1
+            self._read(tap, tensor, parts, n)
+            if not waiting:
+                raise StopForward
+
+        with self._hooks(read), suppress(StopForward):
+            output = self.model(images)
+            if (root := Tap('')) in self._reads:
+                read(root, class_logits(output))
+        if waiting:
+            raise ValueError(f'this forward pass did not reach all of {[tap.layer for tap in self._reads]}')
+
+    def _read(self, tap: Tap, tensor: Tensor, parts: list[list[Tensor]], n: int) -> None:
+        """Adds what the nodes read at `tap` to their groups' parts, n images each."""
+        count = n * len(self.names)
+        if self._reads[tap][0][1].layout.windows:
+            tensor = tensor.unflatten(0, (count, -1))
+        if len(tensor) != count:
+            raise ValueError(f'layer {tap.layer!r} splits its {count} images in windows: resolve with size=')
+        for group, term in self._reads[tap]:
+            part = tensor[group * n : (group + 1) * n]
+            if term.position is not None:
+                _check_position(self.names[group], term, part)
+            parts[group].append(term.read(part))
+
+    @contextmanager
+    def _hooks(self, read: Callable[[Tap, Tensor], None]) -> Iterator[dict[tuple[str, bool], int]]:
+        """Calls `read` for each tap inside the model that a forward pass comes by; yields the calls counted so far."""
+        seen: dict[tuple[str, bool], int] = {}
+
+        def hook(place: tuple[str, bool], taps: dict[int, Tap]) -> Callable[..., None]:
+            def run(module: nn.Module, args: Any, output: Any = None) -> None:
+                call = seen.get(place, 0)
+                seen[place] = call + 1
+                if call in taps:
+                    tensor = args[0] if taps[call].input else single_tensor(output)
+                    if tensor is None:
+                        raise ValueError(f'{taps[call].layer!r} no longer returns one tensor')
+                    read(taps[call], tensor)
+
+            return run
+
+        taps: dict[tuple[str, bool], dict[int, Tap]] = defaultdict(dict)
+        for tap in self._reads:
+            if tap.layer:
+                taps[tap.layer, tap.input][tap.call] = tap
+        handles = []
+        try:
+            for place, wanted in taps.items():
+                layer, before = place
+                module = self.model.get_submodule(layer)
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                handles.append(register(hook(place, wanted)))
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __repr__(self) -> str:
+        return f'ScoreFunction({self.names}, size={self.size}, in_chans={self.in_chans})'
+
+
+def _check_position(name: str, term: Term, tensor: Tensor) -> None:
+    free = [size for axis, size in enumerate(tensor.shape) if axis not in (0, term.layout.axis)]
+    assert term.position is not None
+    if len(free) != len(term.position) or any(p >= size for p, size in zip(term.position, free, strict=True)):
+        raise ValueError(
+            f'{name!r}: position {term.position} is outside {tuple(free)}, the positions of {term.tap.layer!r}'
+        )
+
+
+def check(function: ScoreFunction, result: Probe) -> None:
+    """Scores must be finite, reach the image, depend on their own image only and be the same at the next pass.
+
+    Raises:
+        ValueError: Those of a node are not.
+    """
+    _check_values(function, result)
+    if function._reads:
+        _check_repeatable(function, result.images.detach())
+
+
+def _check_values(function: ScoreFunction, result: Probe) -> None:
+    """Runs each distinct place once: finite, differentiable, and image 0's score not moved by image 1."""
+    checked: set[Any] = set()
+    reads = [
+        [term for taps in function._reads.values() for g, term in taps if g == group]
+        for group in range(len(function.names))
+    ]
+    for name, members, calls in zip(function.names, reads, function._calls, strict=True):
+        for term in members:
+            tensor = result.read(term.tap)
+            tensor = tensor.unflatten(0, (len(result.images), -1)) if term.layout.windows else tensor
+            score = term.read(tensor)
+            _check_finite(name, score)
+            if (term.tap, term.layout) not in checked:
+                checked.add((term.tap, term.layout))
+                _check_independent(name, weighted_scores(tensor), result.images)
+        for _, call in calls:
+            images = result.images.detach().requires_grad_()
+            with torch.enable_grad():
+                score = call(images)
+            if not isinstance(score, Tensor) or score.shape != images.shape[:1]:
+                got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+                raise ValueError(f'{name!r} returns {got} for {len(images)} images: it must return a tensor [n]')
+            _check_finite(name, score)
+            _check_independent(name, score, images)
+
+
+def _check_repeatable(function: ScoreFunction, images: Tensor) -> None:
+    """Reads each layer twice on the same images: what differs by more than rounding is random."""
+
+    def values() -> dict[Tap, Tensor]:
+        found: dict[Tap, Tensor] = {}
+
+        def read(tap: Tap, tensor: Tensor) -> None:
+            found[tap] = tensor.clone()  # what follows may work in place
+            if len(found) == len(function._reads):
+                raise StopForward
+
+        with torch.no_grad(), function._hooks(read), suppress(StopForward):
+            output = function.model(images.clone())
+            if (root := Tap('')) in function._reads:
+                read(root, class_logits(output))
+        return found
+
+    first, second = values(), values()
+    for tap, tensor in first.items():
+        rounding = torch.finfo(tensor.dtype).eps ** 0.5 * tensor.abs().max()
+        if (tensor - second[tap]).abs().max() > rounding:
+            name = function.names[function._reads[tap][0][0]]
+            raise ValueError(
+                f'the score of {name!r} differs between two passes on the same images: the network draws random '
+                'numbers in eval mode, such as dropout with training=True, and has no density: switch them off'
+            )
+
+
+def _check_finite(name: str, score: Tensor) -> None:
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(f'the score of {name!r} is not finite ({score.tolist()} on two random images)')
+
+
+def _check_independent(name: str, score: Tensor, images: Tensor) -> None:
+    slope = grad(score[0], images)
+    if slope is None:
+        raise ValueError(f'the score of {name!r} has no gradient with respect to the image')
+    own, other = slope.abs().flatten(1).amax(1).tolist()
+    if other > 1e-6 * own:
+        raise ValueError(f'the score of {name!r} for one image depends on another image: its layer mixes the batch')
