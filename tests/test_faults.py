@@ -13,11 +13,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_gencnn import chains, cli, hmc, log_z
+from timm_gencnn import blocks, chains, cli, hmc, log_z
+from timm_gencnn.networks import move, weights_digest
 from timm_gencnn.node_lists import list_nodes
 from timm_gencnn.reference import White
 from timm_gencnn.samples import Samples, write_atomically
-from timm_gencnn.visualize import move, visualize
+from timm_gencnn.visualize import visualize
 
 room = sys.modules['timm_gencnn.visualize']
 
@@ -131,12 +132,12 @@ def test_an_extra_state_that_is_no_tensor_counts_as_weights() -> None:
     model = Extra()
     digests = [quick(model, 1).settings['weights'], quick(Extra(), 1).settings['weights']]
     model.state = {'scale': 2}
-    digests.append(room.weights_digest(model))
+    digests.append(weights_digest(model))
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_weights_are_read_before_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room._Run, 'run', lambda self: pytest.fail('sampled'))
+    monkeypatch.setattr(blocks.Run, 'run', lambda self: pytest.fail('sampled'))
     model = Extra()
     model.get_extra_state = lambda: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
@@ -197,7 +198,7 @@ def test_settings_of_a_reference_that_no_file_can_hold_are_refused_before_the_ru
         def settings(self) -> dict[str, Any]:
             return super().settings() | {'scale': torch.ones(2)}
 
-    monkeypatch.setattr(room._Run, 'run', lambda self: pytest.fail('sampled'))
+    monkeypatch.setattr(blocks.Run, 'run', lambda self: pytest.fail('sampled'))
     with pytest.raises(ValueError, match=r'numbers, strings and lists, for JSON.*Tensor'):
         quick(Net(), 1, reference=Mine((3, 16, 16)))
 
@@ -360,8 +361,8 @@ def test_progress_bar_counts_gradients_and_shows_score_and_acceptance(
 
     clock = iter(range(10**6))
     monkeypatch.setattr(tqdm.auto, 'tqdm', Bar)
-    monkeypatch.setattr(room.time, 'monotonic', lambda: next(clock))
-    monkeypatch.setattr(room, 'PIXELS_PER_BATCH', 2 * 3 * 16 * 16)
+    monkeypatch.setattr(blocks.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(blocks, 'PIXELS_PER_BATCH', 2 * 3 * 16 * 16)
     samples = quick(Net(), 1, n=3, steps=65, temperature=temperature, progress=True)
     (bar,) = bars
     assert bar.n == bar.total == 2 * 65  # two blocks: of two chains and of one
@@ -369,7 +370,7 @@ def test_progress_bar_counts_gradients_and_shows_score_and_acceptance(
     last = bar.shown[-1]
     assert float(last['score']) == pytest.approx(samples.trace[-1, 2].item(), abs=0.006)
     assert 0 <= float(last['acceptance']) <= 1 if temperature else 'acceptance' not in last
-    monkeypatch.setattr(room.time, 'monotonic', lambda: 0)  # over before the bar was drawn once
+    monkeypatch.setattr(blocks.time, 'monotonic', lambda: 0)  # over before the bar was drawn once
     quick(Net(), 1, n=3, steps=65, temperature=temperature, progress=True)
     assert bars[-1].n == 2 * 65
     quick(Net(), 1)

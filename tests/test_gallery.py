@@ -29,9 +29,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from timm_gencnn import gallery as room
 from timm_gencnn.cli import main as cli
 from timm_gencnn.gallery import Entry, _Folder, gallery, read_entry, render
+from timm_gencnn.networks import load_model
 from timm_gencnn.reference import White
 from timm_gencnn.samples import read_metadata
-from timm_gencnn.visualize import load_model, visualize
+from timm_gencnn.visualize import visualize
 
 CHROMIUM = Path('/usr/bin/chromium')
 KWARGS = {'n': 3, 'steps': 8, 'size': 12, 'progress': False}

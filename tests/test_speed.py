@@ -1,7 +1,6 @@
 """What makes sampling fast leaves its results alone, and nothing inside a transition waits for the device."""
 
 import importlib.util
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_gencnn import chains, hmc
+from timm_gencnn import blocks, chains, hmc
+from timm_gencnn.networks import channels_last, frozen
 from timm_gencnn.nodes import resolve
 from timm_gencnn.partition import log_z
 from timm_gencnn.reference import natural_for
 from timm_gencnn.samples import read_metadata
-from timm_gencnn.visualize import channels_last, frozen, visualize
+from timm_gencnn.visualize import visualize
 
-visualize_module = sys.modules['timm_gencnn.visualize']
 SIDE = 64
 
 
@@ -204,7 +203,7 @@ def test_weights_come_back_after_an_error_in_the_middle_of_the_change(resnet, mo
 @pytest.mark.parametrize(('temperature', 'steps'), [(1.0, 70), (None, 12)])
 def test_the_order_of_the_weights_does_not_change_the_images(resnet, monkeypatch, temperature, steps):
     fast = quick(resnet, 1, steps=steps, temperature=temperature)
-    monkeypatch.setattr(visualize_module, 'channels_last', lambda model: nullcontext())
+    monkeypatch.setattr(blocks, 'channels_last', lambda model: nullcontext())
     plain = quick(resnet, 1, steps=steps, temperature=temperature)
     torch.testing.assert_close(fast.images, plain.images, atol=1e-3, rtol=0)
 

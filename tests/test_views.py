@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from timm_gencnn import chains, cli, hmc
+from timm_gencnn import blocks, chains, cli, hmc
 from timm_gencnn.samples import read_metadata
 from timm_gencnn.views import PHOTOGRAPHS, PLAIN, Band, Resample, Viewer, Views, resampling, views_of
 from timm_gencnn.visualize import visualize
 
-visualize_module = sys.modules['timm_gencnn.visualize']
 LENET = 'gencnn_lenet.vis_mnist'
 SIDE = 32
 
@@ -221,7 +218,7 @@ def test_the_exact_regime_and_the_presets_have_no_views(monkeypatch: pytest.Monk
     def refuse(*args: object) -> None:
         raise AssertionError('a view was asked for')
 
-    monkeypatch.setattr(visualize_module, 'Viewer', refuse)
+    monkeypatch.setattr(blocks, 'Viewer', refuse)
     model = Stripes().eval()
     for kwargs in {'temperature': 1}, {'preset': 'paper-lenet', 'steps': 901}:
         assert quick(model, 0, n=1, **kwargs).settings['views'] is None
@@ -233,7 +230,7 @@ def test_chunks_of_chains_see_the_views_of_one_batch(monkeypatch: pytest.MonkeyP
     model = Stripes().eval()
     whole = quick(model, [0, 1], n=3, steps=30)
     for batch in 1, 2, 4:
-        monkeypatch.setattr(visualize_module, 'PIXELS_PER_BATCH', batch * 3 * SIDE * SIDE)
+        monkeypatch.setattr(blocks, 'PIXELS_PER_BATCH', batch * 3 * SIDE * SIDE)
         torch.testing.assert_close(quick(model, [0, 1], n=3, steps=30).images, whole.images, atol=1e-2, rtol=0)
 
 

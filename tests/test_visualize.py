@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import timm
@@ -11,12 +10,11 @@ from PIL import Image
 from torch import nn
 
 import timm_gencnn
-from timm_gencnn import hmc
+from timm_gencnn import blocks, diagnostics, hmc
+from timm_gencnn.networks import frozen
 from timm_gencnn.reference import Natural, White
 from timm_gencnn.samples import Samples, read_metadata, verdict
-from timm_gencnn.visualize import frozen, visualize
-
-visualize_module = sys.modules['timm_gencnn.visualize']
+from timm_gencnn.visualize import visualize
 
 
 class Linear(nn.Module):
@@ -140,7 +138,7 @@ def test_seed_decides_the_pixels(lenet):
 def test_chunks_of_chains_give_the_pixels_of_one_batch(lenet, monkeypatch):
     whole = quick(lenet, [1, 2, 3], n=3, steps=8)
     for batch in (1, 2, 4):
-        monkeypatch.setattr(visualize_module, 'PIXELS_PER_BATCH', batch * 28 * 28)
+        monkeypatch.setattr(blocks, 'PIXELS_PER_BATCH', batch * 28 * 28)
         parts = quick(lenet, [1, 2, 3], n=3, steps=8)
         assert torch.allclose(parts.images, whole.images, atol=1e-2)
         assert parts.diagnostics['score'] == pytest.approx(whole.diagnostics['score'], abs=1e-2)
@@ -152,7 +150,7 @@ def test_chunks_with_dead_chains_give_the_pixels_of_one_batch(lenet, monkeypatch
     half_dead = lambda x: torch.relu(x[:, 0, 14, 14] + 0.35)  # noqa: E731, a pixel of at least 0.02
     with pytest.warns(UserWarning, match='dead unit'):
         whole = quick(lenet, [half_dead, 3], n=6, **kwargs)
-    monkeypatch.setattr(visualize_module, 'PIXELS_PER_BATCH', 2 * 28 * 28)
+    monkeypatch.setattr(blocks, 'PIXELS_PER_BATCH', 2 * 28 * 28)
     with pytest.warns(UserWarning, match='dead unit'):
         parts = quick(lenet, [half_dead, 3], n=6, **kwargs)
     assert torch.allclose(parts.images, whole.images, atol=1e-2)
@@ -352,8 +350,8 @@ def test_bad_nodes_are_refused(lenet, node, message):
 def test_a_frozen_node_is_not_hidden_by_a_good_one(linear, monkeypatch, order):
     """NaN diagnostics of any node reach the verdict, whatever its place in the list."""
     r_hats, sizes = iter(order), iter(1000 * v for v in order)
-    monkeypatch.setattr(visualize_module.diagnostics, 'r_hat', lambda draws: next(r_hats))
-    monkeypatch.setattr(visualize_module.diagnostics, 'bulk_ess', lambda draws: next(sizes))
+    monkeypatch.setattr(diagnostics, 'r_hat', lambda draws: next(r_hats))
+    monkeypatch.setattr(diagnostics, 'bulk_ess', lambda draws: next(sizes))
     samples = visualize(linear, [0, 1], n=2, steps=70, temperature=1, progress=False)
     assert math.isnan(samples.diagnostics['r_hat'])
     assert math.isnan(samples.diagnostics['ess'])

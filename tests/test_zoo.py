@@ -9,9 +9,10 @@ from timm.data import resolve_data_config
 import timm_gencnn  # noqa: F401  (registers the checkpoints)
 from timm_gencnn import zoo
 from timm_gencnn.chains import Schedule
+from timm_gencnn.networks import weights_digest
 from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import noisy, validate
-from timm_gencnn.visualize import repeat_settings, weights_digest
+from timm_gencnn.visualize import repeat_settings
 
 DATA = Path(__file__).parents[2] / 'shared/data'
 

@@ -34,23 +34,13 @@ from timm.models import is_model
 from torch import nn
 
 from .chains import Schedule
+from .networks import default_device, describe, load_model, weights_digest
 from .node_lists import expand
 from .nodes import Refused, resolve
 from .samples import read_metadata, write_atomically
 from .scores import ScoreFunction
 from .views import PHOTOGRAPHS, PLAIN
-from .visualize import (
-    _describe,
-    add_sampling_arguments,
-    default_device,
-    load_model,
-    make_reference,
-    sampling_arguments,
-    settle,
-    sides,
-    visualize,
-    weights_digest,
-)
+from .visualize import add_sampling_arguments, make_reference, sampling_arguments, settle, sides, visualize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,7 +101,7 @@ def _gallery(
     settings: dict[str, Any],
 ) -> _Folder:
     """The folder of `gallery`, with what became of each node."""
-    name = model if isinstance(model, str) else _describe(model)
+    name = model if isinstance(model, str) else describe(model)
     net = load_model(model) if isinstance(model, str) else model
     bound = inspect.signature(visualize).bind(net, '', progress=False, **settings)
     bound.apply_defaults()

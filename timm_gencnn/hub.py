@@ -430,7 +430,8 @@ def main(args: argparse.Namespace) -> None:
         ValueError: If there is no such model, its weights cannot be read, or flags contradict each other.
         OSError: If a file cannot be read, or the Hub refuses or fails.
     """
-    from .visualize import load_model, visualize
+    from .networks import load_model
+    from .visualize import visualize
 
     measured: dict[str, Any] = {}
     shipped = args.model.removeprefix(PREFIX)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ais, hmc
+from .blocks import chunk
 from .names import Node
+from .networks import frozen, load
 from .nodes import resolve
 from .reference import Reference
-from .visualize import check, chunk, frozen, load, make_reference, sides
+from .visualize import check, make_reference, sides
 
 
 @torch.inference_mode(False)

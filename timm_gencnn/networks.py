@@ -1,0 +1,133 @@
+"""Networks as a sampler wants them: loaded and in eval mode, on a device, frozen, their weights identified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .layouts import without_checkpointing
+from .model_config import own_config
+from .registry import check_checkpoint, check_name
+
+
+def load(model: str | nn.Module, device: str | torch.device | None) -> tuple[nn.Module, str, torch.device]:
+    """The network that a user means, its name, and the device it is on.
+
+    Raises:
+        ValueError: It cannot be had, is no module, or the device cannot be used.
+    """
+    net = load_model(model) if isinstance(model, str) else model
+    if not isinstance(net, nn.Module):
+        raise ValueError(f'model must be a name or a torch module, got {type(net).__name__}')
+    if device is not None:
+        move(net, device)
+    where = next((p.device for p in net.parameters()), torch.device('cpu'))
+    return net, model if isinstance(model, str) else describe(net), where
+
+
+def load_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model(name, pretrained=True)` in eval mode, with clear errors.
+
+    Args:
+        name: A registered name such as 'gencnn_resnet50' or 'resnet50.a1_in1k', 'hf-hub:USER/REPO' or
+            'local-dir:FOLDER'.
+        **kwargs: Passed on to `timm.create_model`.
+
+    Raises:
+        ValueError: The model is unknown, has no pretrained weights, or they cannot be read.
+    """
+    check_name(name)
+    arch = name.split('.')[0]
+    if ':' not in name and not kwargs.get('checkpoint_path') and not timm.models.is_model_pretrained(name):
+        tags = timm.list_pretrained(f'{arch}.*')
+        hint = f'pretrained are {", ".join(tags)}' if tags else 'pass a trained module, or a checkpoint'
+        raise ValueError(f'{name!r} has no pretrained weights, and an untrained network has nothing to show: {hint}')
+    if kwargs.get('checkpoint_path'):
+        check_checkpoint(kwargs['checkpoint_path'])
+    try:
+        return timm.create_model(name, pretrained=not kwargs.get('checkpoint_path'), **kwargs).eval()
+    except ValueError:
+        raise
+    except Exception as e:  # downloads and files fail in many ways; all mean that the weights could not be had
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:500]
+        raise ValueError(f'cannot load {name!r}: {reason}') from e
+
+
+def move(model: nn.Module, device: str | torch.device) -> None:
+    """Moves a model in place.
+
+    Raises:
+        ValueError: There is no such device here, or it has no float64, in which energies are summed (mps).
+    """
+    try:
+        torch.zeros((), dtype=torch.float64, device=device).item()  # the meta device holds no numbers
+        model.to(device)
+    except (RuntimeError, TypeError, AssertionError) as e:
+        raise ValueError(f"device {str(device)!r} cannot be used, try 'cpu': {str(e).splitlines()[0]}") from None
+
+
+def default_device(name: str | None) -> str:
+    """The named device, else cuda if there is one, else cpu."""
+    return name or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def weights_digest(model: nn.Module) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a model's state_dict: names, shapes, types and values.
+
+    What is no tensor, such as a module's extra state, counts by its `repr`.
+    """
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            sha.update(f'{name} {value!r}'.encode())
+            continue
+        value = value.detach().cpu().contiguous()
+        sha.update(f'{name} {tuple(value.shape)} {value.dtype}'.encode())
+        sha.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b'')
+    return sha.hexdigest()[:16]
+
+
+def describe(model: nn.Module) -> str:
+    cfg = own_config(model)
+    arch, tag = cfg.get('architecture'), cfg.get('tag')
+    return f'{arch}.{tag}' if arch and tag else arch or type(model).__name__
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside, which saves a third of the work, and no activation is computed twice.
+
+    All is as it was on the way out.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        with without_checkpointing(model):
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """Weights of convolutions lie in channels-last order inside, and so do the images that they put out.
+
+    Faster or as fast on most networks, slower on a batch of very small images; the values are the same, and on the way
+    out so are the tensors.
+    """
+    kept = [(p, p.data) for p in model.parameters() if p.ndim == 4]
+    try:
+        for p, data in kept:
+            p.data = data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
