@@ -74,7 +74,7 @@ def gallery(
     Args:
         model: A name for `timm.create_model` or any module in eval mode that takes images [N, C, H, W].
         nodes: Nodes and patterns: `'layer3.*:0-15'`, `'conv1:*'`, `'0-9'`, `207`, `'goldfish'` (see
-            `timm_gencnn.nodes.expand`).
+            `timm_gencnn.node_lists.expand`).
         out: Folder for `index.html` and `images/`, made if it does not exist.
         n: Images per node.
         overwrite: Whether to draw nodes again that `out` has with other settings or weights, instead of refusing.

@@ -57,21 +57,20 @@ class Experiment:
 FEW = '-b 64 --val-split= --train-split train[{{first}}%:{{last}}%] --epochs {} --gen-epochs {}'
 MNIST = Experiment('mnist', '-c lenet_mnist', ('cifar10', 'tiny_imagenet_100'), 0.3)
 CIFAR = Experiment('cifar10', '-c resnet_short', ('tiny_imagenet_100', 'mnist'), 0.05)
-EXPERIMENTS = {
-    'mnist': MNIST,
-    'cifar10': CIFAR,
-    'in100': Experiment(
-        'tiny_imagenet_100',
-        '-c resnet_short --model resnet10_w16_s2 --val-split validation',
-        ('cifar10', 'mnist'),
-        0.05,
-    ),
+IN100_FLAGS = '-c resnet_short --model resnet10_w16_s2 --val-split validation'
+IN100 = Experiment('tiny_imagenet_100', IN100_FLAGS, ('cifar10', 'mnist'), 0.05)
+EXPERIMENTS = {'mnist': MNIST, 'cifar10': CIFAR, 'in100': IN100}
+FEW_LABELS = {  # data set, per cent of its labels (each seed has its own images): epochs, those of GG in GG+DG
+    ('mnist', 1): (250, 160),
+    ('mnist', 10): (75, 48),
+    ('cifar10', 1): (200, 100),
+    ('cifar10', 10): (30, 15),
+    ('in100', 10): (30, 15),
 }
-for base, share, epochs, gen_epochs in (  # shares of the labels; a seed has its own images
-    (MNIST, 1, 250, 160), (MNIST, 10, 75, 48), (CIFAR, 1, 200, 100), (CIFAR, 10, 30, 15),
-):  # fmt: skip
-    few = f'{base.flags} {FEW.format(epochs, gen_epochs)}'
-    EXPERIMENTS[f'{base.data}-{share}%'] = replace(base, flags=few, share=share, rows=phases(few_labels=True))
+for (name, share), lengths in FEW_LABELS.items():
+    base = EXPERIMENTS[name]
+    few = f'{base.flags} {FEW.format(*lengths)}'
+    EXPERIMENTS[f'{name}-{share}%'] = replace(base, flags=few, share=share, rows=phases(few_labels=True))
 SMALL = {phase: f'--phase {phase} -b 16' for phase in ('DG', 'GG', 'GG+DG')}  # four times the updates
 EXPERIMENTS['mnist-1%-batch16'] = replace(EXPERIMENTS['mnist-1%'], rows=SMALL)
 
