@@ -472,6 +472,15 @@ def test_models_of_any_floating_type(zoo, dtype):
     torch.testing.assert_close(score, expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_axes_of_half_precision_networks_are_those_of_single_precision(dtype):
+    """The gradient of the stem's last weight, summed over its entries, is beyond float16."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet').eval()
+    expected = list_nodes(model, 'conv1*')
+    assert list_nodes(model.to(dtype), 'conv1*') == expected
+
+
 @pytest.mark.filterwarnings('ignore:`torch.jit')
 @pytest.mark.parametrize(
     ('change', 'message'),

@@ -323,7 +323,8 @@ def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
         slope = grad(_weighted(tensor.select(axis, index)), param)
         if slope is None:
             return None
-        rows = slope.flatten(1).abs().sum(1) if slope.ndim > 1 else slope.abs()
+        slope = slope.float().abs()  # a sum of float16 may overflow
+        rows = slope.flatten(1).sum(1) if slope.ndim > 1 else slope
         total = float(rows.sum())
         if not 0 < total < float('inf'):
             continue
