@@ -178,7 +178,7 @@ def settle(
 
 def sides(size: int | tuple[int, int] | None, reference: str | Reference) -> tuple[int, int] | None:
     """Height and width that a call means: those of the reference, where it alone has them; None leaves them open."""
-    if size is None and not isinstance(reference, str) and len(reference.shape) == 3:
+    if size is None and not isinstance(reference, str) and len(getattr(reference, 'shape', ())) == 3:
         return reference.shape[1], reference.shape[2]
     return (size, size) if isinstance(size, int) else size
 
@@ -216,7 +216,7 @@ def make_reference(
         ValueError: An unknown name, a reference of another shape than the model's images, or settings that are no JSON.
     """
     shape = (channels, *size)
-    if not isinstance(reference, str):
+    if not isinstance(reference, str) and hasattr(reference, 'shape'):
         if tuple(reference.shape) != shape:
             raise ValueError(f'the reference draws images of shape {tuple(reference.shape)}, the model takes {shape}')
         try:
