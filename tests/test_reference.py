@@ -1,7 +1,9 @@
 """References: the stated spectrum, colours and range, and gradients that flow."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,6 +163,15 @@ def test_sampling_the_reference_alone_is_exact():
     field = reference.field(state.z).double()
     covariance = torch.einsum('nihw,njhw->ij', field, field) / field[:, 0].numel()
     assert ((covariance / reference.covariance) - 1).abs().max() < 0.12
+
+
+@pytest.mark.parametrize('array', [torch.tensor, lambda values: np.array(values, np.float32)])
+def test_statistics_may_be_arrays(array):
+    expected = [Natural((1, 8, 8), [0.25], [0.125]), White((1, 8, 8), 2.0)]
+    references = [Natural((1, 8, 8), array([0.25]), array([0.125])), White((1, 8, 8), array(2.0))]
+    for reference, same in zip(references, expected, strict=True):
+        assert json.dumps(reference.settings()) == json.dumps(same.settings())
+        assert torch.equal(reference(draw(same, 2)), same(draw(same, 2)))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class White:
             raise ValueError(f'sigma must be a positive number, got {sigma}')
         channels, height, width = shape
         self.shape = (channels, height, width)
-        self.sigma = sigma
+        self.sigma = float(sigma)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.sigma * z
@@ -114,14 +114,15 @@ class Natural:
         device: torch.device | str = 'cpu',
     ):
         channels, height, width = shape
-        normalize = normalize or (mean, std)
         if not (alpha >= 0 and math.isfinite(alpha)):
             raise ValueError(f'alpha must be a number >= 0, got {alpha}')
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))  # statistics of one's own data come as arrays
+        normalize = normalize or (mean, std)
         for values in mean, std, *normalize:
             if len(values) != channels:
                 raise ValueError(f'mean and std must have {channels} entries, got {tuple(values)}')
         self.shape = (channels, height, width)
-        self.mean, self.std, self.alpha = tuple(mean), tuple(std), alpha
+        self.mean, self.std, self.alpha = mean, std, float(alpha)
         fields = [squashed_normal(m, s) for m, s in zip(mean, std, strict=True)]
         spread = torch.tensor([s for _, s in fields], dtype=torch.float64)
         as_channels = lambda v: torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1)  # noqa: E731
