@@ -95,6 +95,18 @@ def test_pictures_are_the_same_where_gradients_are_off(mode: Any, temperature: f
     assert torch.equal(samples.images, expected.images)
 
 
+@pytest.mark.parametrize('temperature', [None, 1.0])
+def test_autocast_around_the_call_does_not_reach_the_score(temperature: float | None) -> None:
+    model = Net()
+    expected = quick(model, 1, temperature=temperature, steps=65)
+    constant = log_z(model, 1, n=2, levels=3, size=16, progress=False)
+    with torch.autocast('cpu', torch.bfloat16):
+        samples = quick(model, 1, temperature=temperature, steps=65)
+        assert torch.equal(log_z(model, 1, n=2, levels=3, size=16, progress=False).log_weights, constant.log_weights)
+    assert torch.equal(samples.images, expected.images)
+    assert torch.equal(samples.trace, expected.trace)
+
+
 @pytest.mark.parametrize('name', ['test_vit', 'test_convnext'])
 def test_a_network_that_was_trained_with_gradient_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures and log Z, without a second forward pass; the flags are as they were."""

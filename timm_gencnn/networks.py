@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import timm
@@ -75,6 +75,12 @@ def move(model: nn.Module, device: str | torch.device) -> None:
 def default_device(name: str | None) -> str:
     """The named device, else cuda if there is one, else cpu."""
     return name or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast of a caller reaches inside."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def weights_digest(model: nn.Module) -> str:

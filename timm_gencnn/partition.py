@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import ais, hmc
 from .blocks import chunk
 from .names import Node
-from .networks import frozen, load
+from .networks import frozen, load, without_autocast
 from .nodes import resolve
 from .reference import Reference
 from .visualize import check, make_reference, sides
@@ -56,7 +56,7 @@ def log_z(
     if isinstance(node, (list, tuple, range)):
         raise ValueError(f'log Z is that of one node, got the list {node!r}: call once for each')
     net, _, where = load(model, device)
-    with frozen(net):
+    with frozen(net), without_autocast(where):
         score = resolve(net, [node], size=sides(size, reference))
         q = make_reference(reference, net, score.in_chans, score.size, where)
         with tqdm(total=n * ais.gradients(levels), unit='grad', disable=not progress, desc='log Z') as bar:

@@ -18,7 +18,7 @@ from . import chains, diagnostics
 from .blocks import Run
 from .model_config import own_config
 from .names import Node
-from .networks import default_device, frozen, load, load_model, move, weights_digest
+from .networks import default_device, frozen, load, load_model, move, weights_digest, without_autocast
 from .nodes import resolve
 from .presets import PRESETS, Preset, find_preset
 from .reference import Reference, White, natural_for
@@ -96,7 +96,7 @@ def visualize(
     nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
 
     began = time.perf_counter()
-    with frozen(net):
+    with frozen(net), without_autocast(where):
         score = resolve(net, nodes, size=sides(size, reference))
         if paper:
             reference = White((score.in_chans, *score.size), paper.normalised_sigma(own_config(net)))
