@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from timm_gencnn import blocks, chains, cli, hmc, log_z
 from timm_gencnn.networks import move, weights_digest
 from timm_gencnn.node_lists import list_nodes
-from timm_gencnn.reference import White
+from timm_gencnn.nodes import receptive_field
+from timm_gencnn.reference import White, squashed_normal
 from timm_gencnn.samples import Samples, write_atomically
 from timm_gencnn.visualize import visualize
 
@@ -183,6 +184,20 @@ def test_the_model_is_moved_where_it_is_asked_to_run(monkeypatch: pytest.MonkeyP
     assert asked == []
     quick(Net(), 1, device='cpu')
     assert asked == ['cpu']
+
+
+@pytest.mark.parametrize('temperature', [None, 1.0])
+def test_the_default_device_of_torch_is_not_that_of_the_model(temperature: float | None) -> None:
+    """Tensors of our own state their device: those of `torch.set_default_device` would be elsewhere, here nowhere."""
+    model, nodes = Net(), [{'conv:1': 0.5}, 1]
+    squashed_normal.cache_clear()
+    with torch.device('meta'):
+        samples = quick(model, nodes, temperature=temperature, steps=65)
+        estimate = log_z(model, 1, n=2, levels=3, size=16, progress=False)
+        field = receptive_field(model, 'conv', size=(16, 16))
+    assert torch.equal(samples.images, quick(model, nodes, temperature=temperature, steps=65).images)
+    assert estimate.log_z == log_z(model, 1, n=2, levels=3, size=16, progress=False).log_z
+    assert field == (3, 3)
 
 
 def test_a_device_without_numbers_is_refused_before_the_weights_are_lost() -> None:

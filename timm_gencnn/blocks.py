@@ -169,7 +169,7 @@ class Run:
     def gather(self, blocks: list, parts: list) -> tuple[Tensor, Tensor, dict[str, list[Any]], int, Tensor | None]:
         """Puts the blocks' chains into the order of nodes."""
         ids = [k * self.n + i for group, some in blocks for k in group for i in some]
-        order = torch.tensor(ids).argsort()
+        order = torch.tensor(ids, device='cpu').argsort()
         join = lambda pick, dim=0: torch.cat([pick(*p).cpu() for p in parts], dim).index_select(dim, order)  # noqa: E731
         per_image = {
             'score': join(lambda trace, final, *_: final).tolist(),

@@ -5,7 +5,7 @@ layer's output depends on one single entry of the last per-channel parameter (bi
 that ran before it. That holds for NCHW, NHWC and token layouts alike, and is read off exact zeros of a gradient.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -164,8 +164,8 @@ def probe(
     params = {name: p.detach() for name, p in model.named_parameters()}
     if fill:
         params = {name: p.where(p != 0, 0.1) if p.ndim < 2 else p for name, p in params.items()}
-    reference = next((p for p in params.values() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(PROBES, in_chans, *size, generator=torch.Generator().manual_seed(0))
+    reference = next((p for p in params.values() if p.is_floating_point()), torch.empty(0, device='cpu'))
+    noise = _seeded(torch.randn, (PROBES, in_chans, *size), 0)
     result = Probe(model, noise.to(reference).requires_grad_(), stop)
 
     def enter(own: list[str]) -> Any:
@@ -289,9 +289,14 @@ def _measured_axis(result: Probe, tap: Tap) -> int | None:
     return leading or (0 if mixed else None)
 
 
+def _seeded(draw: Callable[..., Tensor], shape: Sequence[int], seed: int) -> Tensor:
+    """Numbers of a generator of their own, on the CPU whatever the default device is."""
+    return draw(tuple(shape), generator=torch.Generator().manual_seed(seed), device='cpu')
+
+
 def _weighted(part: Tensor) -> Tensor:
     """A sum with random weights, so that what a normalisation keeps constant does not cancel."""
-    weight = torch.rand(part.shape, generator=torch.Generator().manual_seed(1)).to(part) + 0.5
+    weight = _seeded(torch.rand, part.shape, 1).to(part) + 0.5
     return (part * weight).sum()
 
 
@@ -340,7 +345,7 @@ def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
 def measure_receptive_field(result: Probe, tensor: Tensor) -> tuple[int, int]:
     """Height and width in pixels of the image part that the central unit of an NCHW `tensor` depends on."""
     unit = tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2]
-    weight = torch.randn(unit.shape, generator=torch.Generator().manual_seed(2)).to(unit)
+    weight = _seeded(torch.randn, unit.shape, 2).to(unit)
     slope = grad((unit * weight).sum(), result.images)
     if slope is None or not slope.any():
         return result.images.shape[2], result.images.shape[3]

@@ -77,7 +77,7 @@ def parse(node: Any, names: Names) -> Parsed:
             raise ValueError('an empty dictionary is no node: give {node: weight, ...}')
         parsed: Parsed = []
         for member, weight in node.items():
-            if isinstance(weight, (str, bytes)) or not torch.isfinite(torch.tensor(float(weight))):
+            if isinstance(weight, (str, bytes)) or not torch.isfinite(torch.tensor(float(weight), device='cpu')):
                 raise ValueError(f'weight {weight!r} of node {member!r} is not a finite number')
             parsed += [(float(weight) * inner, unit) for inner, unit in parse(member, names)]
         return parsed

@@ -124,7 +124,7 @@ class Natural:
         self.shape = (channels, height, width)
         self.mean, self.std, self.alpha = mean, std, float(alpha)
         fields = [squashed_normal(m, s) for m, s in zip(mean, std, strict=True)]
-        spread = torch.tensor([s for _, s in fields], dtype=torch.float64)
+        spread = torch.tensor([s for _, s in fields], dtype=torch.float64, device='cpu')
         as_channels = lambda v: torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1)  # noqa: E731
         self.centre = as_channels([m for m, _ in fields])
         self._mean, self._std = (as_channels(v) for v in normalize)
@@ -136,7 +136,7 @@ class Natural:
     @staticmethod
     def amplitude(height: int, width: int, alpha: float) -> Tensor:
         """Gain per frequency [H, W // 2 + 1], float64, so normalised that filtered white noise keeps unit variance."""
-        fy, fx = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.fftfreq(width, dtype=torch.float64)
+        fy, fx = (torch.fft.fftfreq(side, dtype=torch.float64, device='cpu') for side in (height, width))
         frequency = torch.hypot(fy[:, None], fx[None]).clamp(min=1 / max(height, width))
         gain = frequency**-alpha
         return (gain / gain.square().mean().sqrt())[:, : width // 2 + 1]
@@ -145,8 +145,8 @@ class Natural:
     def correlation(channels: int) -> Tensor:
         """Correlation of logit(pixel) across channels [C, C], float64."""
         if channels != 3:
-            return torch.eye(channels, dtype=torch.float64)
-        return torch.tensor(NATURAL_CORRELATION, dtype=torch.float64)
+            return torch.eye(channels, dtype=torch.float64, device='cpu')
+        return torch.tensor(NATURAL_CORRELATION, dtype=torch.float64, device='cpu')
 
     def field(self, z: Tensor) -> Tensor:
         """K z: the stationary Gaussian field before centring and squashing [n, C, H, W]."""
@@ -229,7 +229,7 @@ def squashed_normal(mean: float, std: float) -> tuple[float, float]:
     if not (std > 0 and math.isfinite(std)):
         raise ValueError(f'a pixel standard deviation must be positive, got {std}')
     std = min(std, WIDEST * math.sqrt(mean * (1 - mean)))
-    x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    x = torch.linspace(-8, 8, 2001, dtype=torch.float64, device='cpu')
     weight = torch.exp(-x.square() / 2)
     weight /= weight.sum()
 

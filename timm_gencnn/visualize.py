@@ -113,8 +113,9 @@ def visualize(
     diagnosed: dict[str, Any] = dict(per_image)
     if regime == 'exact':
         by_node = trace.split(n, dim=1)
-        diagnosed['r_hat'] = torch.tensor([diagnostics.r_hat(t) for t in by_node]).max().item()  # NaN stays NaN
-        diagnosed['ess'] = torch.tensor([diagnostics.bulk_ess(t) for t in by_node]).min().item()
+        r_hats, sizes = ([fn(t) for t in by_node] for fn in (diagnostics.r_hat, diagnostics.bulk_ess))
+        diagnosed['r_hat'] = torch.tensor(r_hats, device='cpu').max().item()  # NaN stays NaN
+        diagnosed['ess'] = torch.tensor(sizes, device='cpu').min().item()
     else:
         diagnosed['r_hat'] = diagnosed['ess'] = math.nan
     diagnosed['gradients'] = gradients
