@@ -96,6 +96,14 @@ def test_pictures_are_the_same_where_gradients_are_off(mode: Any, temperature: f
     assert torch.equal(samples.images, expected.images)
 
 
+def test_a_model_made_under_inference_mode_is_refused_and_left_as_it_was() -> None:
+    with torch.inference_mode():
+        model = Net()
+    with pytest.raises(ValueError, match='outside of it'):
+        quick(model, 1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize('temperature', [None, 1.0])
 def test_autocast_around_the_call_does_not_reach_the_score(temperature: float | None) -> None:
     model = Net()

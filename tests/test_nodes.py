@@ -490,6 +490,8 @@ def test_axes_of_half_precision_networks_are_those_of_single_precision(dtype):
             lambda model: torch.jit.trace(model.conv, images()),
             'TorchScript module takes no hooks: give the Python module',
         ),
+        (lambda model: nn.DataParallel(model).eval(), r'DataParallel .*: give the module inside, model\.module'),
+        (torch.inference_mode()(lambda model: model.double()), r'made under torch\.inference_mode .*: make, move'),
     ],
 )
 def test_modules_that_cannot_be_probed(zoo, change, message):

@@ -111,7 +111,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     All is as it was on the way out.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for p in trainable:
             p.requires_grad_(False)

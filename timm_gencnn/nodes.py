@@ -55,8 +55,15 @@ def check_model(model: nn.Module) -> None:
     """Refuses what takes no hooks, has no weights or couples its images."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError('a TorchScript module takes no hooks: give the Python module that it was made from')
+    if isinstance(model, nn.DataParallel):
+        raise ValueError('a DataParallel model splits its batches: give the module inside, model.module')
     if any(p.is_meta for p in model.parameters()):
         raise ValueError('the model has no weights (its device is meta): load them first')
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            'weights that were made under torch.inference_mode have no gradients: make, move and convert the model '
+            'outside of it'
+        )
     training = next((name or 'the model' for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f'{training} is in train mode, where images change one another: call model.eval() first')
