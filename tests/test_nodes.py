@@ -481,6 +481,17 @@ def test_axes_of_half_precision_networks_are_those_of_single_precision(dtype):
     assert list_nodes(model.to(dtype), 'conv1*') == expected
 
 
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.5)
+
+
+def test_callables_see_the_images_that_a_model_changes_in_place(zoo):
+    x = images(2)
+    score = resolve(nn.Sequential(Centred(), zoo).eval(), ['1.conv:3', lambda x: x[:, 0, 0, 0]], size=SIZE)
+    assert score(x.clone())[1] == x[1, 0, 0, 0]
+
+
 @pytest.mark.filterwarnings('ignore:`torch.jit')
 @pytest.mark.parametrize(
     ('change', 'message'),

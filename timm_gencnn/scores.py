@@ -91,7 +91,8 @@ class ScoreFunction:
         images = images.to(self.dtype)
         parts: list[list[Tensor]] = [[] for _ in range(groups)]
         if self._reads:
-            self._forward(images, parts, n)
+            own = images.clone() if any(self._calls) else images  # the model may normalise in place
+            self._forward(own, parts, n)
         for group, calls in enumerate(self._calls):
             parts[group] += [weight * call(images[group * n : (group + 1) * n]).float() for weight, call in calls]
         scores = [members[0] if len(members) == 1 else torch.stack(members).sum(0) for members in parts]
