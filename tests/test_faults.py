@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -60,6 +62,19 @@ def test_images_of_any_number_of_channels(channels: int) -> None:
 )
 def test_dictionaries_and_tuples_are_drawn_as_their_logits_are(wrap: Any) -> None:
     assert torch.equal(quick(Net(wrap=wrap), 1).images, quick(Net(), 1).images)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_own() -> None:
+    numbers = {'n': 2, 'steps': 12, 'seed': 3, 'size': 16, 'frames': 1, 'temperature': 0.25, 'tilt': 2.0}
+    expected = quick(Net(), 1, **numbers)
+    samples = quick(Net(), 1, **{k: np.float32(v) if type(v) is float else np.int64(v) for k, v in numbers.items()})
+    assert torch.equal(samples.images, expected.images)
+    assert json.dumps(samples.settings) == json.dumps(expected.settings)
+    small = {'n': 2, 'levels': 2, 'seed': 1, 'size': 16}
+    estimates = [
+        log_z(Net(), 1, progress=False, **{k: of(v) for k, v in small.items()}).log_z for of in (int, np.int64)
+    ]
+    assert estimates[0] == estimates[1]
 
 
 @pytest.mark.parametrize('output', ['text', None, [1, 2], {'features': torch.ones(2, 3)}])

@@ -20,6 +20,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -392,6 +393,13 @@ def test_other_settings_are_refused_unless_overwritten(
     gallery(Net(seed), 'conv:0', tmp_path, overwrite=True, **KWARGS | changed)
     assert contents(tmp_path) != before
     gallery(Net(seed), 'conv:0', tmp_path, **KWARGS | changed)
+
+
+def test_numbers_of_numpy_are_the_same_settings(tmp_path: Path) -> None:
+    gallery(Net(), range(2), tmp_path, **KWARGS)
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / 'images').iterdir())
+    gallery(Net(), np.arange(2), tmp_path, **{k: v if k == 'progress' else np.int64(v) for k, v in KWARGS.items()})
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / 'images').iterdir()) == before
 
 
 def test_place_of_the_run_is_no_setting(tmp_path: Path) -> None:

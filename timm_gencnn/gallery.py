@@ -40,7 +40,7 @@ from .nodes import Refused, resolve
 from .samples import read_metadata, write_atomically
 from .scores import ScoreFunction
 from .views import PHOTOGRAPHS, PLAIN
-from .visualize import add_sampling_arguments, make_reference, sampling_arguments, settle, sides, visualize
+from .visualize import add_sampling_arguments, make_reference, plain, sampling_arguments, settle, sides, visualize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,7 +105,7 @@ def _gallery(
     net = load_model(model) if isinstance(model, str) else model
     bound = inspect.signature(visualize).bind(net, '', progress=False, **settings)
     bound.apply_defaults()
-    settings = {k: v for k, v in bound.arguments.items() if k not in ('model', 'node')}
+    settings = {k: plain(v) for k, v in bound.arguments.items() if k not in ('model', 'node')}
     size = sides(settings['size'], settings['reference'])
     wanted = _expand(net, nodes, size)
     _check_settings(net, wanted, size, settings)
@@ -147,7 +147,8 @@ def _settle(settings: dict[str, Any]) -> tuple[float, float | None]:
 
 def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: tuple[int, int] | None) -> list[str]:
     """Names of all nodes asked for, each once, in order."""
-    given = [nodes] if isinstance(nodes, (str, int)) else list(nodes)
+    nodes = plain(nodes)
+    given = [nodes] if isinstance(nodes, (str, int)) else map(plain, nodes)
     names: dict[str, None] = {}
     for node in given:
         if not isinstance(node, (str, int)) or isinstance(node, bool):

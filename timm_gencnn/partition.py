@@ -11,7 +11,7 @@ from .names import Node
 from .networks import frozen, load, without_autocast
 from .nodes import resolve
 from .reference import Reference
-from .visualize import check, make_reference, sides
+from .visualize import check, make_reference, plain, sides
 
 
 @torch.inference_mode(False)
@@ -52,6 +52,7 @@ def log_z(
     """
     from tqdm.auto import tqdm
 
+    n, levels, seed, size = map(plain, (n, levels, seed, size))
     check(n=n, levels=levels, seed=seed)
     if isinstance(node, (list, tuple, range)):
         raise ValueError(f'log Z is that of one node, got the list {node!r}: call once for each')

@@ -89,6 +89,8 @@ def visualize(
             mode; a score that is not finite; a unit that is dead on the reference; a model that `torch.compile` cannot
             take whole.
     """
+    n, steps, seed, frames = map(plain, (n, steps, seed, frames))
+    temperature, tilt, size = map(plain, (temperature, tilt, size))
     numbers = {'n': n, 'steps': steps, 'seed': seed, 'frames': frames}
     paper, temperature, tilt = settle(reference, temperature, tilt, dtype, preset, **numbers)
     regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
@@ -182,6 +184,11 @@ def sides(size: int | tuple[int, int] | None, reference: str | Reference) -> tup
     if size is None and not isinstance(reference, str) and len(getattr(reference, 'shape', ())) == 3:
         return reference.shape[1], reference.shape[2]
     return (size, size) if isinstance(size, int) else size
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's own, which goes into settings; anything else as it is."""
+    return value.item() if getattr(value, 'ndim', None) == 0 else value
 
 
 def check(**values: Any) -> None:
