@@ -219,7 +219,7 @@ def test_what_is_validated_is_what_is_saved(script, images, tmp_path, more):
     validated = float(rows(tmp_path / 'gg')[-1]['eval_loss'])
     assert validated == pytest.approx(validation_loss(images, weights), abs=1e-5)
     (name, bias), *_ = checkpoint['task_state' + ema]['bias'].items()  # control: the bias without the intercepts
-    assert abs(validated - validation_loss(images, {**weights, name: bias})) > 0.01
+    assert abs(validated - validation_loss(images, {**weights, name: bias})) > 1e-3  # a hundred tolerances
 
 
 FEW = ['--unlabeled-data-dir', '{images}', '--unlabeled-split', 'validation', '--unlabeled-batch-size', '999']
@@ -316,7 +316,7 @@ def test_two_ranks(script, images, tmp_path):
     arguments = (port, script, images, tmp_path / 'run')
     mp.start_processes(run_rank, args=arguments, nprocs=2, start_method='spawn', join=True)
     state = load(tmp_path / 'run')
-    assert state['task_state']['class_counts'].sum() == 16  # the first batch of both ranks
+    assert state['task_state']['class_counts'].sum() == 96  # all images of two epochs
     assert [row['train_phase'] for row in rows(tmp_path / 'run')] == ['True', 'True', 'False', 'False']
     assert 'conv1.weight' in state['state_dict']
 

@@ -88,6 +88,16 @@ def test_switches_after_gen_steps_and_folds_the_intercepts():
     torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], batch(5)[1]))
 
 
+@pytest.mark.parametrize('steps', [1, 40, 130])
+def test_priors_come_from_more_than_the_first_batch(steps):
+    task = make()
+    train(task, steps)
+    counts = torch.stack([batch(i)[1].bincount(minlength=C) for i in range(min(steps, 101))]).sum(0)
+    torch.testing.assert_close(task.class_counts, counts.float())
+    priors = (counts + 1) / (counts + 1).sum()
+    torch.testing.assert_close(task.intercepts(), priors.log() - task.log_z)
+
+
 def test_hybrid_is_the_weighted_mean_of_both_losses():
     x, target = batch()
     result = make(hybrid=0.25)(x, target)

@@ -185,11 +185,12 @@ class GenerativeTask(ClassificationTask):
         if self.queue_size:
             past = logits if self.queue is None else torch.cat([logits, self.queue])
             self.queue = past[: self.queue_size]
-        if self.steps % RECORD_EVERY == 0:
-            self._record()
+        recording = self.steps % RECORD_EVERY == 0
+        if recording or self.steps < RECORD_EVERY:  # a short phase must not take its priors from a single batch
+            self._record(with_ess=recording)
         self.steps += 1
 
-    def _record(self) -> None:
+    def _record(self, with_ess: bool) -> None:
         assert self.ess is not None
         assert self._new_counts is not None
         record = torch.cat([self._new_counts, self.ess.mean()[None]])
@@ -198,7 +199,8 @@ class GenerativeTask(ClassificationTask):
         new_counts = record[:-1]
         self.class_counts = new_counts if self.class_counts is None else self.class_counts + new_counts
         self._new_counts = None
-        self.ess_history.append(record[-1].item())
+        if with_ess:
+            self.ess_history.append(record[-1].item())
 
     def _is_time_to_switch(self) -> bool:
         if self.phase != 'GG+DG':
