@@ -141,6 +141,20 @@ def test_unfolding_refuses_a_bias_that_changed(cube, linear):
         model.unfold_intercepts()
 
 
+def test_other_weights_can_be_folded_anew(cube, linear):
+    model, log_z = linear
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        model.estimate_log_z([cube], progress=False)
+        model.fold_intercepts(PRIORS)
+        torch.testing.assert_close(model[1].bias, before['1.bias'] + PRIORS.log() - log_z, rtol=0, atol=1e-6)
+        assert model.folded
+        model.load_state_dict(before)
+        assert not model.folded
+    model[1] = nn.Linear(8, 4, dtype=torch.float64)
+    assert not model.folded
+
+
 HEADS = {
     'linear': lambda: timm.create_model('resnet10t', num_classes=5),
     '1x1 convolution': lambda: timm.create_model('resnetv2_18', num_classes=5),

@@ -185,8 +185,15 @@ class GenerativeMixin(nn.Module):
 
     @property
     def folded(self) -> bool:
-        """Whether the intercepts are in the classifier's bias, put there by `fold_intercepts`."""
-        return self._before_fold is not None
+        """Whether the classifier's bias is the one that `fold_intercepts` left, with the intercepts in it."""
+        fold = self._before_fold
+        if fold is None:
+            return False
+        try:
+            biases = self._final_biases(len(fold.alpha))
+        except ValueError:  # another head since
+            return False
+        return all(torch.equal(bias, after.to(bias)) for bias, after in zip(biases, fold.after, strict=True))
 
     @torch.no_grad()
     def fold_intercepts(self, priors: Sequence[float] | Tensor | None = None) -> None:
@@ -235,13 +242,12 @@ class GenerativeMixin(nn.Module):
         fold = self._before_fold
         if fold is None:
             raise ValueError('the intercepts are not folded, so they cannot be unfolded: call fold_intercepts() first')
-        biases = self._final_biases(len(fold.alpha))
-        if not all(torch.equal(bias, after.to(bias)) for bias, after in zip(biases, fold.after, strict=True)):
+        if not self.folded:
             raise ValueError(
                 'the classifier bias has changed since fold_intercepts() (by training, or by loading weights), so it '
                 'cannot be restored: load the weights you want and call estimate_log_z()'
             )
-        for bias, before in zip(biases, fold.before, strict=True):
+        for bias, before in zip(self._final_biases(len(fold.alpha)), fold.before, strict=True):
             bias.copy_(before)
         self._before_fold = None
         self.set_log_z(self._known_log_z().double().cpu() - fold.alpha)
