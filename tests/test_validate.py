@@ -145,6 +145,35 @@ def test_without_a_checkpoint_the_published_weights_are_measured(folder, capsys)
     assert "the published 'gencnn_lenet' has 10 classes, not 2: give --checkpoint" in capsys.readouterr().err
 
 
+def test_published_weights_see_images_of_the_published_test_size(folder):
+    argv = ['validate', '--model', 'gencnn_resnet10_w16', '--data-dir', str(folder), '-j', '0', '--device', 'cpu']
+    argv += ['--results-file', str(folder / 'r.json')]
+    overlay = ['--pretrained-cfg-overlay', 'test_input_size=(3,48,48)', 'test_crop_pct=0.5']
+    model = timm.create_model('gencnn_resnet10_w16', pretrained=True)
+    torch.save(model.state_dict(), folder / 'model.pth.tar')
+    checkpoint = ['--checkpoint', str(folder / 'model.pth.tar')]
+    explicit = ['--input-size', '3', '48', '48', '--crop-pct', '0.5']
+    found = []
+    for more in ([], checkpoint + overlay, overlay, explicit):
+        assert cli.main([*argv, *more]) == 0
+        found.append(json.loads((folder / 'r.json').read_text())['nll'])
+    assert found[0] == found[1]
+    assert found[2] == found[3] != found[0]
+
+
+def test_images_are_cropped_as_the_network_wants_them(tmp_path):
+    """A wide image with a bright left end: cut off from the middle, kept by a network that squashes its images."""
+    pixels = np.zeros((28, 84), dtype=np.uint8)
+    pixels[:, :20] = 255
+    (tmp_path / 'validation/0').mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / 'validation/0/0.png')
+    for mode, bright in (('center', False), ('squash', True)):
+        model = timm.create_model('gencnn_lenet', pretrained_cfg_overlay={'crop_mode': mode})
+        config = resolve_data_config({}, model=model)
+        ((image, _),) = plain_loader(open_dataset('', str(tmp_path), 'validation', 1), config)
+        assert (image[0, 0, :, 0] > 0).all() == bright
+
+
 def test_the_network_is_the_one_that_was_trained(folder):
     """Its shape is given by timm's flags: the pooling, the norm's epsilon, and what only its constructor knows."""
     torch.manual_seed(0)

@@ -104,7 +104,7 @@ def plain_loader(
         dataset,
         config['input_size'],
         batch_size,
-        **{key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct')},
+        **{key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
         num_workers=workers,
         device=device,
         use_prefetcher=device.type in ('cpu', 'cuda'),

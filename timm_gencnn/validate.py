@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
     args.data_dir = args.data or args.data_dir
     device = torch.device(args.device)
     model = _create_model(args).to(device).eval()
-    config = resolve_data_config(vars(args), model=model)
+    # published figures are those at the published test size; a run is validated at the size it was trained with
+    config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
