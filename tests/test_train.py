@@ -749,6 +749,14 @@ def test_recipes_are_valid(recipe):
         assert default is None or isinstance(value, (int, float) if type(default) in (int, float) else type(default))
 
 
+def test_an_unknown_metric_is_refused(tmp_path, capsys):
+    (tmp_path / 'config.yaml').write_text('eval_metric: acc1')
+    for more in (['--eval-metric', 'acc1'], ['-c', str(tmp_path / 'config.yaml')]):
+        with pytest.raises(SystemExit):
+            cli.main(['train', '--phase', 'GG', *more])
+        assert "invalid choice: 'acc1'" in capsys.readouterr().err
+
+
 def test_an_unknown_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(['train', '--warmup-epoch5', '3'])

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
 from .task import PHASES
@@ -219,7 +220,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--no-prefetcher', **switch)
     add('--output', default='', metavar='DIR', help='default: ./output/train')
     add('--experiment', default='', metavar='NAME', help='sub-folder of the output')
-    add('--eval-metric', default='top1', metavar='NAME')
+    metrics = ClassificationEvaluator.metric_names
+    add('--eval-metric', default='top1', choices=metrics, help='the best checkpoint is the best by this one')
     add('--log-wandb', **switch)
     add('--wandb-project', metavar='NAME')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG')
