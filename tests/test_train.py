@@ -360,6 +360,24 @@ def test_flags_work_together(images, tmp_path, more):
     assert all(v.isfinite().all() for v in weights(tmp_path / 'run/last.pth.tar').values())
 
 
+def test_dropout_is_the_networks_own_unless_it_is_given(images, tmp_path):
+    small = ['--model', 'alexnet_small', '--in-chans', '1', '--img-size', '28']
+    for more, rate in (([], 0.2), (['--drop', '0'], 0.0), (['--drop', '0.4'], 0.4)):
+        trainer = train.Trainer(prepared(parse(flags(images, tmp_path, *small, *more))), torch.device('cpu'))
+        assert trainer.task.trainable_module.drop6.p == rate
+
+
+@pytest.mark.parametrize('crop', [[], ['--train-crop-mode', 'pad']], ids=' '.join)
+def test_an_empty_training_interpolation_is_that_of_the_network(images, tmp_path, crop):
+    argv = flags(images, tmp_path, '--interpolation', 'nearest', '--img-size', '40', '--color-jitter', '0', *crop)
+    spread = []
+    for name in ('', 'nearest', 'bicubic'):
+        trainer = train.Trainer(prepared(parse([*argv, '--train-interpolation', name])), torch.device('cpu'))
+        torch.manual_seed(0)
+        spread.append(next(iter(trainer.loader))[0].std().item())
+    assert spread[0] == spread[1] != spread[2]
+
+
 def test_loss_flags_make_timms_criterion(images, tmp_path):
     more = ['--phase', 'DG', '--loss', 'poly', '--poly-epsilon', '1.5', '--smoothing', '0.2']
     trainer = train.Trainer(prepared(parse(flags(images, tmp_path, *more))), torch.device('cpu'))

@@ -128,7 +128,7 @@ class Trainer:
         in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
         optional = {'in_chans': in_chans, 'img_size': args.img_size, 'num_classes': args.num_classes}
         optional |= {'drop_path_rate': args.drop_path, 'drop_block_rate': args.drop_block, 'global_pool': args.gp}
-        optional |= {'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'drop_rate': args.drop or None}
+        optional |= {'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, 'drop_rate': args.drop}
         overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else {}
         optional['pretrained_cfg_overlay'] = {**overlay, **args.pretrained_cfg_overlay} or None
         try:

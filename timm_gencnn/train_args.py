@@ -196,7 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--mixup-off-epoch', type=int, default=0, metavar='N')
     add('--smoothing', type=float, default=0.1, metavar='X', help='of the discriminative loss (default: 0.1)')
     add('--train-interpolation', default='random', metavar='NAME')
-    add('--drop', type=float, default=0.0, metavar='P')
+    add('--drop', type=float, metavar='P', help="dropout (default: the network's own; timm's train.py has 0)")
     add('--drop-path', type=float, metavar='P')
     add('--drop-block', type=float, metavar='P')
     add('--bn-momentum', type=float, metavar='X')

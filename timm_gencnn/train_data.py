@@ -180,6 +180,8 @@ def _train_loader(
 ) -> Any:
     if not args.no_prefetcher and device.type == 'mps':
         raise ValueError('timm prefetches to CPU, CUDA and NPU devices only: add --no-prefetcher')
+    plain = args.no_aug or not args.train_interpolation
+    interpolation = config['interpolation'] if plain else args.train_interpolation
     loader = create_loader(
         cached(dataset, random=not args.no_aug) if args.cache_images else dataset,
         config['input_size'],
@@ -200,14 +202,14 @@ def _train_loader(
         gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
-        interpolation=config['interpolation'] if args.no_aug else args.train_interpolation,
+        interpolation=interpolation,
         worker_seeding=args.worker_seeding,
         persistent_workers=False,  # workers start with the epoch's seed, so that a resumed run sees the same data
         **_loader_arguments(args, config, device),
         **kwargs,
     )
     if args.train_crop_mode == 'pad' and not args.no_aug:
-        _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:], args.train_interpolation)
+        _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:], interpolation)
     if len(loader) == 0:
         raise ValueError(f'{len(dataset)} training images do not fill one batch of {batch_size}: lower --batch-size')
     return loader
