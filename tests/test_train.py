@@ -247,23 +247,40 @@ def failure(capsys, argv: list[str]) -> str:
     return error
 
 
-@pytest.mark.parametrize('phase', ['GG', 'DG'])
-def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(images, tmp_path, capsys, monkeypatch, phase):
+def explode_at(monkeypatch, call: int) -> None:
+    """An update after which no weight is a number."""
     original, calls = train.Trainer._backward, [0]
 
     def explode(self, loss, update):
         original(self, loss, update)
         calls[0] += 1
-        if calls[0] == 8:  # the second update of the second epoch
+        if calls[0] == call:
             for p in self.task.parameters():
                 p.data.fill_(math.nan)
 
     monkeypatch.setattr(train.Trainer, '_backward', explode)
+
+
+@pytest.mark.parametrize('phase', ['GG', 'DG'])
+def test_a_loss_that_is_not_finite_names_step_batch_and_checkpoint(images, tmp_path, capsys, monkeypatch, phase):
+    explode_at(monkeypatch, 8)  # the second update of the second epoch
     error = failure(capsys, flags(images, tmp_path, '--phase', phase))
     assert 'epoch 1, batch 2, step' in error
     assert 'finite' in error or 'NaN' in error
     assert 'last.pth.tar' in error or 'checkpoint-0.pth.tar' in error
     assert checkpoints.find_checkpoint(tmp_path / 'run') is not None
+
+
+@pytest.mark.parametrize(
+    ('call', 'interval', 'kept'), [(10, '2', 'recovery-1-1'), (12, '5', 'recovery-1-4')], ids=['recovery', 'epoch']
+)
+def test_weights_that_are_not_finite_are_not_saved(images, tmp_path, capsys, monkeypatch, call, interval, kept):
+    explode_at(monkeypatch, call)  # right before a checkpoint of the second epoch
+    error = failure(capsys, flags(images, tmp_path, '--phase', 'DG', '--recovery-interval', interval))
+    assert 'not finite' in error
+    assert error.endswith(f'{kept}.pth.tar')
+    for path in (tmp_path / 'run').glob('*.pth.tar'):
+        assert all(v.isfinite().all() for v in weights(path).values())
 
 
 @pytest.mark.parametrize(

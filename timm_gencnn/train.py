@@ -349,7 +349,10 @@ class Trainer:
             if (i + 1) % args.log_interval == 0 or i + 1 == batches:
                 bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
                 bar.update(i % args.log_interval + 1)
-            if self.saver is not None and args.recovery_interval and (i + 1) % args.recovery_interval == 0:
+            recovery = args.recovery_interval and (i + 1) % args.recovery_interval == 0
+            if (recovery or i + 1 == batches) and not self._is_finite():  # the last good checkpoint must be one
+                raise ValueError(self._where(epoch, i, 'the weights are not finite: lower --lr'))
+            if self.saver is not None and recovery:
                 checkpoints.save_recovery(self.saver, epoch, i)
         bar.close()
         if args.distributed:
@@ -369,6 +372,10 @@ class Trainer:
                 self.optimizer.step()
         if update:
             self.optimizer.zero_grad()
+
+    def _is_finite(self) -> bool:
+        module: Any = self.task.get_trainable_module()
+        return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())
 
     def _clipped_parameters(self) -> Any:
         model: Any = self.task.get_trainable_module()
