@@ -721,6 +721,8 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     assert (args.split, args.pretrained) == ('test', False)  # its weights are those of --checkpoint
     assert (args.data, args.data_dir, args.use_ema) == (None, 'there', True)
     assert args.device != 'cuda:3'  # this machine's, not that of the training
+    path.write_text(yaml.safe_dump(run | {'model_ema_force_cpu': True}))  # with which no averaged weights are validated
+    assert not parser.parse_args(['-c', str(path)]).use_ema
     path.write_text('epochs: 4\n')  # no run: a setting that validate lacks may be a slip
     with pytest.raises(SystemExit):
         parser.parse_args(['-c', str(path)])

@@ -83,5 +83,5 @@ def _of_validation(run: dict[str, Any], known: list[str]) -> dict[str, Any]:
     Not `pretrained`, where the training began, nor its device.
     """
     settings = {key: value for key, value in run.items() if key in known and key not in ('pretrained', 'device')}
-    settings['use_ema'] = bool(run.get('model_ema'))  # what the run validated
+    settings['use_ema'] = bool(run.get('model_ema')) and not run.get('model_ema_force_cpu')  # what the run validated
     return settings | ({'split': run['val_split']} if run.get('val_split') else {})
