@@ -842,6 +842,16 @@ def test_schedule_restarts_at_the_discriminative_rate():
     assert optimizer.param_groups[0]['lr'] == pytest.approx(0.02)  # half way through the other 4 epochs
 
 
+@pytest.mark.parametrize(('decay', 'rate'), [('8', 0.04 * (1 - 0.5**0.5)), ('2', 0.04)])
+def test_the_decay_of_the_schedule_fits_what_is_left(decay, rate):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    argv = ['train', '--sched', 'wsd', '--decay-epochs', decay, '--epochs', '10', '--warmup-epochs', '0']
+    schedule = PhaseSchedule(optimizer, parse([*argv, '--disc-lr', '0.04']), updates_per_epoch=5)
+    schedule.restart(6, 30)
+    schedule.step(8)
+    assert rates(optimizer) == pytest.approx([rate])
+
+
 def test_the_restart_keeps_the_layer_decay():
     model = timm.create_model('test_resnet', num_classes=CLASSES)
     args = parse(['train', '--lr', '0.1', '--layer-decay', '0.5', '--disc-lr', '0.04', '--warmup-epochs', '0'])

@@ -67,8 +67,12 @@ class PhaseSchedule:
         for group in self.optimizer.param_groups:
             group['initial_lr'] = self.args.disc_lr
             group['lr'] = self.args.disc_lr  # stays with --sched none; a schedule sets its own
-        rest = {'num_epochs': max(1, self.epochs - epoch), 'warmup_epochs': 0, 'cooldown_epochs': 0}
-        self.scheduler, _ = self._create({**scheduler_kwargs(self.args), **rest})
+        kwargs = scheduler_kwargs(self.args)
+        left = max(1, self.epochs - epoch)
+        kwargs |= {'num_epochs': left, 'warmup_epochs': 0, 'cooldown_epochs': 0}
+        if kwargs['sched'] in ('wsd', 'rsqrt'):  # whose decay must fit
+            kwargs['decay_epochs'] = min(kwargs['decay_epochs'], left)
+        self.scheduler, _ = self._create(kwargs)
         self.first_epoch, self.first_update = epoch, update
 
     def step(self, epoch: int, metric: float | None = None) -> None:
