@@ -842,10 +842,13 @@ def test_schedule_restarts_at_the_discriminative_rate():
     assert optimizer.param_groups[0]['lr'] == pytest.approx(0.02)  # half way through the other 4 epochs
 
 
-@pytest.mark.parametrize(('decay', 'rate'), [('8', 0.04 * (1 - 0.5**0.5)), ('2', 0.04)])
-def test_the_decay_of_the_schedule_fits_what_is_left(decay, rate):
+@pytest.mark.parametrize(
+    ('sched', 'decay', 'rate'),
+    [('wsd', '8', 0.04 * (1 - 0.5**0.5)), ('wsd', '2', 0.04), ('rsqrt', '2', 0.04 / 2**0.5)],
+)
+def test_the_decay_of_the_schedule_fits_what_is_left(sched, decay, rate):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    argv = ['train', '--sched', 'wsd', '--decay-epochs', decay, '--epochs', '10', '--warmup-epochs', '0']
+    argv = ['train', '--sched', sched, '--decay-epochs', decay, '--epochs', '10', '--warmup-epochs', '2']
     schedule = PhaseSchedule(optimizer, parse([*argv, '--disc-lr', '0.04']), updates_per_epoch=5)
     schedule.restart(6, 30)
     schedule.step(8)

@@ -69,9 +69,9 @@ class PhaseSchedule:
             group['lr'] = self.args.disc_lr  # stays with --sched none; a schedule sets its own
         kwargs = scheduler_kwargs(self.args)
         left = max(1, self.epochs - epoch)
+        if kwargs['sched'] in ('wsd', 'rsqrt'):  # whose decay must fit, and whose time scale is that of the warm-up
+            kwargs |= {'decay_epochs': min(kwargs['decay_epochs'], left), 'stable_timescale': kwargs['warmup_epochs']}
         kwargs |= {'num_epochs': left, 'warmup_epochs': 0, 'cooldown_epochs': 0}
-        if kwargs['sched'] in ('wsd', 'rsqrt'):  # whose decay must fit
-            kwargs['decay_epochs'] = min(kwargs['decay_epochs'], left)
         self.scheduler, _ = self._create(kwargs)
         self.first_epoch, self.first_update = epoch, update
 
