@@ -497,6 +497,20 @@ def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
     assert losses[0] != losses[1]
 
 
+def test_unlabeled_images_are_not_loaded_after_the_switch(images, tmp_path, monkeypatch):
+    endless, drawn = train_data.endless, []
+
+    def counted(loader, epoch):
+        for batch in endless(loader, epoch):
+            drawn.append(epoch)
+            yield batch
+
+    monkeypatch.setattr(train_data, 'endless', counted)
+    more = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation']
+    assert cli.main(flags(images, tmp_path, *more)) == 0
+    assert drawn == [0] * 6 + [1] * 6 + [2]  # the first batch of the next phase is drawn before the switch is known
+
+
 def fake_package(monkeypatch, name: str, **content) -> None:
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)

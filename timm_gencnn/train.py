@@ -318,7 +318,7 @@ class Trainer:
                 images, target = images.to(self.device), target.to(self.device)
                 if self.mixup is not None:
                     images, target = self.mixup(images, target)
-            extra = {} if more is None else {'unlabeled': next(more).to(self.device)}
+            extra = {'unlabeled': next(more).to(self.device)} if more is not None and task.generative else {}
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             last_of_update = (i + 1) % accumulate == 0 or i + 1 == batches
