@@ -221,6 +221,8 @@ def test_weighted_sums(zoo):
         assert score.kinds == ['sum']
         torch.testing.assert_close(score(x), a - 0.5 * b)
     torch.testing.assert_close(resolve(zoo, '-2e-1*3', size=SIZE)(x), -0.2 * a)
+    torch.testing.assert_close(resolve(zoo, '-conv:2', size=SIZE)(x), -b)
+    torch.testing.assert_close(resolve(zoo, '3 + - conv:2', size=SIZE)(x), a - b)
 
 
 @pytest.mark.parametrize('node', [5, 'conv:2@1,3', '3 + 0.5*conv:2', '-0.1*3 - conv:2', 'twice#2:1', 'mixed:axis1=3@7'])
@@ -299,6 +301,9 @@ def resnet() -> nn.Module:
         ('layer3_1_conv2:17', 'layer3.1.conv2:17'),
         ('layer3.1.conv2:17@3, 2', 'layer3.1.conv2:17@3,2'),
         ('207 + 0.5*layer3.1.conv2:17', '207 golden retriever + 0.5*layer3.1.conv2:17'),
+        ('-goldfish', '-1.0*1 goldfish'),
+        ('- goldfish + tench', '-1.0*1 goldfish + 0 tench'),
+        ('tench + -goldfish', '0 tench - 1 goldfish'),
     ],
 )
 def test_canonical_names(resnet, node, name):
@@ -321,6 +326,8 @@ def test_labels_of_the_model_come_first():
     [
         ('crane', r"'crane' is ambiguous, give the index: 134 \(crane\), 517 \(crane\)"),
         ('goldfsh', "unknown class 'goldfsh': near names are goldfish"),
+        ('2*-goldfish', "unknown class '-goldfish': near names are goldfish"),
+        ('great white -shark', "unknown class 'great white -shark'"),
         ('layer3.1.conv9:1', 'unknown layer .*near names are layer3.1.conv2'),
         ('conv2:1', 'unknown layer'),
         ('layer3:256', 'channel 256 is out of range, .* 0 to 255'),

@@ -24,6 +24,7 @@ _LAYER = re.compile(
     r'(?P<layer>[^:]*?)(?:#(?P<call>\d+))?:(?:axis(?P<axis>\d+)=)?(?P<channel>\d+)(?:@(?P<position>[\d,\s]+))?'
 )
 _SIGN = re.compile(r'((?<![\d.]e)\s*\+\s*(?=\S)|\s+-\s+)', re.IGNORECASE)  # not that of 1e+16
+_MINUS = re.compile(r'-\s*(?=[^\d\s.])')  # before a name
 WEIGHT = re.compile(r'(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*(?P<node>.+)', re.IGNORECASE)
 
 
@@ -103,6 +104,8 @@ def _parse_string(text: str, names: Names) -> Parsed:
         sign, *pieces = pieces
         length = next((k for k in range(len(pieces), 1, -2) if names.know(''.join(pieces[:k]))), 1)
         term, pieces = ''.join(pieces[:length]), pieces[length:]
+        if _MINUS.match(term) and not names.know(term):
+            term = _MINUS.sub('-1*', term, count=1)
         weighted = WEIGHT.fullmatch(term)
         weight = float(weighted['weight']) if weighted else 1.0
         unit = _parse_unit(weighted['node'] if weighted else term, names.layers)
@@ -152,7 +155,7 @@ def _lemmas(labels: DatasetInfo, index: int) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return _spaced(re.sub(r'[_\-]+', ' ', text))
+    return _spaced(re.sub(r'(?<=\S)[_\-]+|[_\-]+(?!\S)', ' ', text))  # a minus before a word is none of its hyphens
 
 
 def find_class(unit: Unit, num_classes: int, labels: DatasetInfo | None) -> int:
