@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -53,6 +54,21 @@ def test_r_hat_by_its_formula():
     """Plain R-hat of 2 chains of 4 draws, computed by hand: W = 5/3, B/n = 2, R² = 3/4 + 6/5."""
     x = torch.tensor([[0.0, 2], [1, 3], [2, 4], [3, 5]], dtype=torch.float64)
     assert diagnostics._basic_r_hat(x).item() == pytest.approx(math.sqrt(0.75 + 1.2))
+
+
+def test_r_hat_by_the_definitions_of_the_paper():
+    """Equal means and unequal spreads: the folded form decides, and with it the median of an even number of draws."""
+    x = np.random.default_rng(0).normal(size=(8, 3)) * [1, 1, 3]
+    halves = np.concatenate([x[:4], x[4:]], axis=1)
+
+    def r_hat(draws):
+        z = stats.norm.ppf((stats.rankdata(draws).reshape(draws.shape) - 3 / 8) / (draws.size + 1 / 4))
+        within, between = z.var(axis=0, ddof=1).mean(), len(z) * z.mean(axis=0).var(ddof=1)
+        return math.sqrt(((len(z) - 1) * within + between) / len(z) / within)
+
+    bulk, folded = r_hat(halves), r_hat(abs(halves - np.median(halves)))
+    assert folded > bulk
+    assert diagnostics.r_hat(torch.from_numpy(x)) == pytest.approx(folded, rel=1e-9)
 
 
 def test_rank_normalize_matches_scipy_with_ties():

@@ -50,7 +50,8 @@ def r_hat(draws: Tensor) -> float:
         R-hat; 1 means that the chains agree, above 1.01 they have not converged. NaN when all draws are equal.
     """
     draws = split(_check(draws))
-    folded = (draws - draws.median()).abs()
+    middle = (draws.median() - (-draws).median()) / 2  # torch's median is the lower of the two in the middle
+    folded = (draws - middle).abs()
     return torch.maximum(_basic_r_hat(rank_normalize(draws)), _basic_r_hat(rank_normalize(folded))).item()
 
 
