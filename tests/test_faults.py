@@ -223,6 +223,21 @@ def test_the_default_device_of_torch_is_not_that_of_the_model(temperature: float
     assert field == (3, 3)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_changes_nothing(dtype: torch.dtype) -> None:
+    model = Net()
+    exact = {'n': 4, 'steps': 200, 'temperature': 1.0}
+    expected = quick(model, 1), quick(model, 1, **exact)
+    torch.set_default_dtype(dtype)
+    try:
+        samples = quick(model, 1), quick(model, 1, **exact)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, same in zip(samples, expected, strict=True):
+        assert torch.equal(got.images, same.images)
+    assert all(samples[1].diagnostics[k] == expected[1].diagnostics[k] for k in ('r_hat', 'ess'))
+
+
 def test_a_device_without_numbers_is_refused_before_the_weights_are_lost() -> None:
     model = Net()
     with pytest.raises(ValueError, match="device 'meta' cannot be used, try 'cpu'"):

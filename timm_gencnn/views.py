@@ -73,7 +73,8 @@ class Viewer:
         self.streams = hmc.Streams(seed + OWN_STREAMS, ids, device)
         self.closest = min(v.crop for v in views)
         law = [(v.crop, v.flip, v.shift) for v in views]
-        self.crop, self.flip, self.shift = (torch.tensor(v, device=device) for v in zip(*law, strict=True))
+        self.crop, flip, self.shift = torch.tensor(law, dtype=torch.float32, device=device).unbind(1)
+        self.flip = flip.bool()
 
     def __call__(self, images: Tensor) -> Tensor:
         """A view of each image [n, C, H, W], of the same size, differentiable."""
@@ -140,7 +141,7 @@ def resampling(size: int, side: Tensor, start: Tensor, mirror: Tensor | None = N
         start: Where it starts [n], rounded to whole samples; with a side of 1 the result is exactly a circular shift.
         mirror: Whether to read the stretch backwards [n], bool.
     """
-    index = torch.arange(size, device=side.device)
+    index = torch.arange(size, dtype=side.dtype, device=side.device)
     read = index if mirror is None else torch.where(mirror[:, None], size - 1 - index, index)
     seen = (start.round()[:, None] + (read + 0.5) * side[:, None] - 0.5).remainder(size)
     distance = (seen[:, :, None] - index).abs_()

@@ -116,8 +116,8 @@ def visualize(
     if regime == 'exact':
         by_node = trace.split(n, dim=1)
         r_hats, sizes = ([fn(t) for t in by_node] for fn in (diagnostics.r_hat, diagnostics.bulk_ess))
-        diagnosed['r_hat'] = torch.tensor(r_hats, device='cpu').max().item()  # NaN stays NaN
-        diagnosed['ess'] = torch.tensor(sizes, device='cpu').min().item()
+        diagnosed['r_hat'] = torch.tensor(r_hats, dtype=torch.float64, device='cpu').max().item()  # NaN stays NaN
+        diagnosed['ess'] = torch.tensor(sizes, dtype=torch.float64, device='cpu').min().item()
     else:
         diagnosed['r_hat'] = diagnosed['ess'] = math.nan
     diagnosed['gradients'] = gradients
