@@ -84,6 +84,8 @@ def parse(node: Any, names: Names) -> Parsed:
         return parsed
     if isinstance(node, str):
         return _parse_string(node, names)
+    if isinstance(node, nn.Module) and (layer := next((k for k, m in names.model.named_modules() if m is node), '')):
+        raise ValueError(f"the layer {layer!r} itself is no node: name one of its channels, such as '{layer}:0'")
     if callable(node):
         return [(1.0, node)]
     try:
