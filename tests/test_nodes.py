@@ -383,7 +383,7 @@ def test_what_cannot_be_read_is_an_error(zoo, node, message):
 
 
 def test_a_layer_in_place_of_its_name(zoo):
-    with pytest.raises(ValueError, match="the layer 'mlp.0' itself is no node: .* such as 'mlp.0:0'"):
+    with pytest.raises(ValueError, match=r"the layer 'mlp\.0' itself is no node: .* such as 'mlp\.0:0'"):
         resolve(zoo, [3, zoo.mlp[0]], size=SIZE)
     judge = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1), nn.Flatten(0)).eval()
     assert resolve(zoo, judge, size=SIZE).kinds == ['callable']  # a module of one's own
