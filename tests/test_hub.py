@@ -13,8 +13,12 @@ from typing import Any
 
 import hub_client
 import pytest
+import timm
+import torch
 from hub_client import OTHER_TOKEN, TOKEN, Client, Outcome, environment
 from hub_server import Blob, LoopbackHub
+
+import timm_gencnn
 
 ROOT = Path(__file__).parents[1]
 MEASURED = {
@@ -78,6 +82,13 @@ def test_large_files_go_up_in_parts(hub: LoopbackHub, client: Client) -> None:
 def test_push_of_channels_last_weights(client: Client) -> None:
     ok(client(hub_client.push, 'alice/strides', channels_last=True))
     assert ok(client(hub_client.pull, 'alice/strides')) == ok(client(hub_client.expected))
+
+
+def test_push_of_a_network_whose_layers_share_weights(tmp_path: Path) -> None:
+    model = timm.create_model('gencnn_coat_lite_tiny', num_classes=2)
+    folder = timm_gencnn.push_to_hub(model, 'alice/coat', dry_run=tmp_path / 'coat')
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
 def test_push_of_a_configuration_as_timms_own_object(client: Client, tmp_path: Path) -> None:

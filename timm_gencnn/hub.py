@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import timm
+import torch
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -240,8 +241,8 @@ def write_folder(
             model_config={'pretrained_cfg': {'architecture': architecture, 'license': license}},
             data_config=data_config,
         )
-    # not timm's save_for_hf: safetensors refuses the strides that channels_last leaves
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # not timm's save_for_hf: safetensors refuses the strides that channels_last leaves, and layers that share weights
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
     config = read_config(folder / 'config.json', repo_id)
     if results or recipe:
