@@ -319,21 +319,42 @@ def test_a_run_goes_on_in_its_own_phase_only():
         assert both.generative == (before == 'GG')
 
 
+def test_averaged_weights_have_their_own_intercepts():
+    """Scores that are biases, other ones at each step: log Z_y of their average is the averaged bias, exactly."""
+    task = make(phase='GG', momentum=1.0)
+    task.setup_ema(decay=0.9)
+    x, target = torch.randn(3 * C, 1, 4, 4), torch.arange(3 * C) % C
+    fc, generator = task.trainable_module.fc, torch.Generator().manual_seed(0)
+    for i in range(20):
+        with torch.no_grad():
+            fc.weight.zero_()
+            fc.bias.copy_(torch.randn(C, generator=generator))
+        task(x, target)
+        task.update_ema(step=i + 1)
+    for ema in (False, True):
+        torch.testing.assert_close(task.get_eval_model(ema=ema)(x), torch.full((3 * C, C), -math.log(C)))
+
+
 def test_ema_is_calibrated_saved_and_folded_at_the_switch():
     task = make(gen_steps=4)
     task.setup_ema(decay=0.5)
+    alpha = torch.zeros(C)
     for i in range(4):
         train(task, 1, first=i)
-        task.update_ema()
+        task.update_ema(step=i + 1)
+        alpha = (alpha + task.intercepts()) / 2 if i else task.intercepts()
     ema = task.get_trainable_module(ema=True).module
     x, _ = batch()
-    torch.testing.assert_close(task.get_eval_model(ema=True)(x), ema(x) + task.intercepts())
+    torch.testing.assert_close(task.get_eval_model(ema=True)(x), ema(x) + alpha)
+    assert (alpha - task.intercepts()).abs().max() > 0.1  # control: not those of the trained weights
     state = task.get_checkpoint_state(ema=True)
-    torch.testing.assert_close(state['state_dict_ema']['fc.bias'], ema.fc.bias + task.intercepts())
-    bias, alpha = ema.fc.bias.clone(), task.intercepts()
+    torch.testing.assert_close(state['state_dict_ema']['fc.bias'], ema.fc.bias + alpha)
+    bias = ema.fc.bias.clone()
     other = make()
+    train(other, 1)
     other.setup_ema()
     other.load_checkpoint_state(state['state_dict_ema'], state['task_state_ema'], ema=True)
+    assert torch.equal(other.intercepts(ema=True), task.intercepts(ema=True))
     assert torch.equal(other.get_trainable_module(ema=True).module.fc.bias, bias)  # as training had it
     task(*batch(4))
     torch.testing.assert_close(ema.fc.bias, bias + alpha)

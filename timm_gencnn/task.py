@@ -32,7 +32,8 @@ class GenerativeTask(ClassificationTask):
     task keeps a running log Z_y per class, and adds the intercepts alpha_y = log rho_y - log Z_y to the logits of the
     model that validation sees and to the classifier bias of the weights that a checkpoint holds. The bias that training
     continues from lies in the checkpoint's task state, so that a resumed run goes on unchanged. At the switch the
-    intercepts are folded into the bias for good.
+    intercepts are folded into the bias for good. Averaged weights get intercepts averaged in the same way: those of the
+    moment belong to scores that the average has yet to reach.
 
     Across ranks the softmax over images is that of the global batch. Within accumulated gradients it is that of each
     micro-batch, unless a queue joins them.
@@ -115,6 +116,7 @@ class GenerativeTask(ClassificationTask):
         self.class_counts: Tensor | None = None  # images of each class so far [C], over all ranks
         self.queue: Tensor | None = None
         self._new_counts: Tensor | None = None  # those of this rank, not yet added to class_counts
+        self._ema_intercepts: Tensor | None = None  # [C]
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'GenerativeTask':
         """Wrap the model in DistributedDataParallel and take the softmax over the images of all ranks."""
@@ -222,7 +224,7 @@ class GenerativeTask(ClassificationTask):
             for ema in (False, True):
                 for bias in self._biases(ema).values():
                     with torch.no_grad():
-                        bias += self.intercepts().to(bias)
+                        bias += self.intercepts(ema).to(bias)
         self.generative = False
         self.switch_step = self.steps
         self.queue = None
@@ -238,16 +240,28 @@ class GenerativeTask(ClassificationTask):
         """Whether the model needs intercepts that its bias does not hold: in a purely generative phase."""
         return self.generative and self.hybrid == 0 and self.log_z is not None
 
-    def intercepts(self) -> Tensor:
+    def intercepts(self, ema: bool = False) -> Tensor:
         """alpha_y = log rho_y - log Z_y from the running estimates [C]; one image more a class keeps them finite.
+
+        Args:
+            ema: For the averaged weights.
 
         Raises:
             ValueError: Before the first generative step.
         """
+        if ema and self._ema_intercepts is not None:
+            return self._ema_intercepts
         if self.log_z is None or self.class_counts is None:
             raise ValueError('no log Z yet: the intercepts are known after the first generative training step')
         counts = self.class_counts + 1
         return (counts / counts.sum()).log() - self.log_z
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Update the averaged weights, and their intercepts."""
+        super().update_ema(step)
+        average: Any = self.get_trainable_module(ema=True)
+        if average is not None and self.calibrates:
+            self._ema_intercepts = torch.lerp(self.intercepts(), self.intercepts(ema=True), average.get_decay(step))
 
     def _plain_model(self, ema: bool) -> Any:
         module = self.get_trainable_module(ema=ema)
@@ -275,7 +289,7 @@ class GenerativeTask(ClassificationTask):
         model = super().get_eval_model(module, ema)
         if model is None or module is not None or self.phase == 'DG' or self.hybrid:
             return model
-        return _Calibrated(model, lambda: self.intercepts() if self.calibrates else None)
+        return _Calibrated(model, lambda: self.intercepts(ema) if self.calibrates else None)
 
     def compile_ema(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module | None:
         """Compile the averaged model for validation, without the intercepts: they change."""
@@ -290,7 +304,7 @@ class GenerativeTask(ClassificationTask):
         state = super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if state and self.calibrates:
             key = 'state_dict_ema' if ema else 'state_dict'
-            folded = {name: bias.detach() + self.intercepts().to(bias) for name, bias in self._biases(ema).items()}
+            folded = {name: bias.detach() + self.intercepts(ema).to(bias) for name, bias in self._biases(ema).items()}
             state[key] = {**state[key], **folded}
         return state
 
@@ -302,6 +316,8 @@ class GenerativeTask(ClassificationTask):
         if not ema:
             state.update({name: getattr(self, name) for name in _STATE}, new_counts=self._new_counts)
             state['switch_epoch'] = self.switch_epoch
+        elif self.calibrates:
+            state['intercepts'] = self._ema_intercepts
         return state
 
     def load_task_state(
@@ -336,6 +352,9 @@ class GenerativeTask(ClassificationTask):
             self.switch_epoch = state.get('switch_epoch')  # unknown to 0.1.0
             new_counts = state['new_counts']
             self._new_counts = None if new_counts is None else new_counts.to(self.device)
+        else:
+            averaged = state.get('intercepts')  # unknown to 0.1.0, and to a run without averaged weights
+            self._ema_intercepts = None if averaged is None else averaged.to(self.device)
         with torch.no_grad():
             for name, bias in state.get('bias', {}).items():
                 self._plain_model(ema).get_parameter(name).copy_(bias)
