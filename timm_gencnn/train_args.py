@@ -194,7 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--mixup-switch-prob', type=float, default=0.5, metavar='P')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
     add('--mixup-off-epoch', type=int, default=0, metavar='N')
-    add('--smoothing', type=float, default=0.1, metavar='X', help='of the discriminative loss (default: 0.1)')
+    text = 'of the discriminative loss, and of the targets that mixup and cutmix make for both (default: 0.1)'
+    add('--smoothing', type=float, default=0.1, metavar='X', help=text)
     add('--train-interpolation', default='random', metavar='NAME')
     add('--drop', type=float, metavar='P', help="dropout (default: the network's own; timm's train.py has 0)")
     add('--drop-path', type=float, metavar='P')
