@@ -69,10 +69,14 @@ def test_like_refuses_what_it_cannot_repeat(tmp_path, capsys):
     own = timm_gencnn.visualize(
         model, 3, n=1, steps=8, reference=Natural((1, 28, 28), [0.5], [0.2], alpha=0.5), progress=False
     )
+    named = timm_gencnn.visualize(model, 3, n=1, steps=8, progress=False).settings
+    shape, mean, std = (1, 28, 28), named['mean'], named['std']
+    scaled = Natural(shape, mean, std, normalize=([0.5], [0.5]))  # told apart by what the named one does not say
+    scaled = timm_gencnn.visualize(model, 3, n=1, steps=8, reference=scaled, progress=False)
     with torch.no_grad():
         model.fc2.bias += 1
     other = timm_gencnn.visualize(model, 3, n=1, steps=8, progress=False)
-    for samples, message in [(own, 'would differ'), (other, 'other weights')]:
+    for samples, message in [(own, 'would differ'), (scaled, 'normalize would differ'), (other, 'other weights')]:
         samples.settings['model'] = LENET
         path = samples.save(tmp_path / 'x.png')
         assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'y.png')]) == 2

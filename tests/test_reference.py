@@ -165,6 +165,15 @@ def test_sampling_the_reference_alone_is_exact():
     assert ((covariance / reference.covariance) - 1).abs().max() < 0.12
 
 
+def test_settings_tell_references_apart_by_their_normalisation():
+    """Networks are given other images for the same pixels."""
+    plain = Natural((1, 8, 8), [0.25], [0.125])
+    other = Natural((1, 8, 8), [0.25], [0.125], normalize=([0.5], [0.5]))
+    assert not torch.equal(plain(draw(plain, 2)), other(draw(plain, 2)))
+    assert other.settings() == plain.settings() | {'normalize': [[0.5], [0.5]]}
+    assert Natural((1, 8, 8), [0.25], [0.125], normalize=([0.25], [0.125])).settings() == plain.settings()
+
+
 @pytest.mark.parametrize('array', [torch.tensor, lambda values: np.array(values, np.float32)])
 def test_statistics_may_be_arrays(array):
     expected = [Natural((1, 8, 8), [0.25], [0.125]), White((1, 8, 8), 2.0)]

@@ -117,17 +117,18 @@ class Natural:
         if not (alpha >= 0 and math.isfinite(alpha)):
             raise ValueError(f'alpha must be a number >= 0, got {alpha}')
         mean, std = tuple(map(float, mean)), tuple(map(float, std))  # statistics of one's own data come as arrays
-        normalize = normalize or (mean, std)
-        for values in mean, std, *normalize:
+        by_mean, by_std = (tuple(map(float, values)) for values in normalize or (mean, std))
+        for values in mean, std, by_mean, by_std:
             if len(values) != channels:
                 raise ValueError(f'mean and std must have {channels} entries, got {tuple(values)}')
         self.shape = (channels, height, width)
         self.mean, self.std, self.alpha = mean, std, float(alpha)
+        self.normalize = by_mean, by_std
         fields = [squashed_normal(m, s) for m, s in zip(mean, std, strict=True)]
         spread = torch.tensor([s for _, s in fields], dtype=torch.float64, device='cpu')
         as_channels = lambda v: torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1)  # noqa: E731
         self.centre = as_channels([m for m, _ in fields])
-        self._mean, self._std = (as_channels(v) for v in normalize)
+        self._mean, self._std = as_channels(by_mean), as_channels(by_std)
         self._spectrum = self.amplitude(height, width, alpha).to(device, torch.float32)
         self._bridge_spectrum = self.amplitude(height, width, BRIDGE_EXPONENT).to(device, torch.float32)
         self.covariance = spread[:, None] * self.correlation(channels) * spread
@@ -193,7 +194,9 @@ class Natural:
         return ((torch.cat([noisy, faded, covered, noise[1::2]]) - self._mean) / self._std).to(images.dtype)
 
     def settings(self) -> dict:
-        return {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}
+        numbers = {'reference': self.name, 'alpha': self.alpha, 'mean': list(self.mean), 'std': list(self.std)}
+        own = self.normalize == (self.mean, self.std)  # pictures from before it was recorded stay repeatable
+        return numbers | ({} if own else {'normalize': [list(values) for values in self.normalize]})
 
 
 class Filter(torch.autograd.Function):

@@ -341,7 +341,8 @@ def main(args: argparse.Namespace) -> None:
     samples.settings['model'] = model
     if old:
         new = json.loads(json.dumps(samples.settings))
-        differing = [k for k in new if k not in ('versions', 'notes') and old.get(k) != new[k]]
+        told = [k for k in old | new if k not in ('versions', 'notes', 'request')]  # the last is a gallery's
+        differing = [k for k in told if old.get(k) != new.get(k)]
         if differing:
             raise ValueError(f'{args.like!r} cannot be repeated from here: {", ".join(differing)} would differ')
     samples.save(args.out)
