@@ -17,10 +17,11 @@ r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges t
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_resnet10_w32_s2.gg_dg_in100 --n 2 \
         --judges output/train/alexnet/last.pth.tar  # and the other way round
 
-For each checkpoint of the zoo: pictures of each class at 500 image gradients a chain. Prints the median score beside
-that of test images of the same classes (a score has no zero of its own), the share of saturated pixels, and for each
-judge the share of pictures that it names as the asked class, and the variety: the mean distance of the judge's features
-between pictures of a class, relative to that between test images of the class.
+For each checkpoint, of the zoo by its name or of a run by its file (output/train/RUN/last.pth.tar): pictures of each
+class at 500 image gradients a chain. Prints the median score beside that of test images of the same classes (a score
+has no zero of its own), the share of saturated pixels, and for each judge the share of pictures that it names as the
+asked class, and the variety: the mean distance of the judge's features between pictures of a class, relative to that
+between test images of the class.
 """
 
 import argparse
@@ -45,14 +46,24 @@ def real_images(folder: str, split: str, config: dict[str, Any]) -> tuple[Tensor
     return next(iter(plain_loader(dataset, config | {'mean': (0.0,) * channels, 'std': (1.0,) * channels}, 2000)))
 
 
-def load_judge(path: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A classifier that `gencnn train` made, and its preprocessing."""
+def load_run(path: str) -> tuple[torch.nn.Module, dict[str, Any], argparse.Namespace]:
+    """A classifier that `gencnn train` made, its preprocessing and its flags."""
     checkpoint = torch.load(path, weights_only=False)
     args = checkpoint['args']
     inputs = {'in_chans': args.input_size[0]} if args.input_size else {}
     model = timm.create_model(args.model, num_classes=args.num_classes, **inputs, **args.model_kwargs).eval()
     model.load_state_dict(checkpoint['state_dict'])
-    return model, resolve_data_config(vars(args), model=model)
+    return model, resolve_data_config(vars(args), model=model), args
+
+
+def load(name: str) -> tuple[torch.nn.Module, dict[str, Any], str, str]:
+    """A checkpoint of the zoo or of a run, its preprocessing, and the data set and split that measure it."""
+    if Path(name).suffix == '.tar':
+        model, config, args = load_run(name)
+        return model, config, args.dataset, args.val_split
+    results = zoo.read(name.removeprefix('gencnn_'))['results']
+    model = timm.create_model(name, pretrained=True).eval()
+    return model, resolve_data_config({}, model=model), results['dataset'], results['split']
 
 
 def prepare(images: Tensor, config: dict[str, Any]) -> Tensor:
@@ -82,24 +93,22 @@ def main() -> None:
     print('| | score | saturated | judge (its test error) | named as asked | variety |')
     print('|---' * 6 + '|')
     for name in args.model:
-        results = zoo.read(name.removeprefix('gencnn_'))['results']
-        model = timm.create_model(name, pretrained=True).eval()
-        config = resolve_data_config({}, model=model)
-        folder = str(Path(args.data, results['dataset'].split('/')[-1]))
-        real, labels = real_images(folder, results['split'], config)
+        shown = Path(name).parent.name or name
+        model, config, dataset, split = load(name)
+        real, labels = real_images(str(Path(args.data, dataset.split('/')[-1])), split, config)
         classes = range(args.classes or model.num_classes)
         asked = torch.tensor(classes).repeat_interleave(args.n)
         samples = timm_gencnn.visualize(model, classes, n=args.n, steps=args.steps, seed=args.seed, progress=False)
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
-            samples.save(str(Path(args.out, f'{name}.png')))
+            samples.save(str(Path(args.out, f'{shown}.png')))
         own = model(prepare(real, config)).gather(1, labels[:, None])[:, 0]
         usual = torch.stack([own[labels == c].median() for c in classes])[asked]
         drawn = torch.tensor(samples.diagnostics['score'])
         saturated = ((samples.images < 0.02) | (samples.images > 0.98)).float().mean()
         saturated_real = ((real < 0.02) | (real > 0.98)).float().mean()
         for path in args.judges:
-            judge, judge_config = load_judge(path)
+            judge, judge_config, _ = load_run(path)
             x, x_real = prepare(samples.images, judge_config), prepare(real, judge_config)
             right, error = judge(x).argmax(1) == asked, judge(x_real).argmax(1) != labels
             f, f_real = (judge.forward_head(judge.forward_features(v), pre_logits=True) for v in (x, x_real))
@@ -111,7 +120,7 @@ def main() -> None:
                 f'{right.float().mean():.0%}',
                 f'{variety:.2f}',
             ]
-            print(f'| `{name}` | ' + ' | '.join(cells) + ' |', flush=True)
+            print(f'| `{shown}` | ' + ' | '.join(cells) + ' |', flush=True)
 
 
 if __name__ == '__main__':
