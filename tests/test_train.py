@@ -905,3 +905,15 @@ def test_every_pass_over_the_unlabeled_images_has_an_order_of_its_own():
         unlabeled = train_data.endless(loader, epoch)
         orders += [tuple(next(unlabeled).tolist()) for _ in range(3)]
     assert len(set(orders)) == 12
+
+
+@pytest.mark.parametrize(('device', 'fast'), [('cuda', True), ('cpu', False)])
+def test_the_kernels_of_timms_script_on_a_gpu(device, fast):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.benchmark
+    try:
+        matmul.allow_tf32 = cudnn.benchmark = False
+        train.use_fast_kernels(torch.device(device))
+        assert (matmul.allow_tf32, cudnn.benchmark) == (fast, fast)
+    finally:
+        matmul.allow_tf32, cudnn.benchmark = before

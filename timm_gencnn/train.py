@@ -65,6 +65,13 @@ def _has_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def use_fast_kernels(device: torch.device) -> None:
+    """What timm's train.py sets on a GPU: TF32 products of float32 matrices, and the fastest convolution by trial."""
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
 class Trainer:
     """One training run: what the flags describe, built once, and its loops.
 
@@ -78,6 +85,7 @@ class Trainer:
         self.device = device
         self.primary = utils.is_primary(args)
         utils.random_seed(args.seed, args.rank)
+        use_fast_kernels(device)
         if args.fast_norm:
             set_fast_norm()
         model = self._create_model()
