@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.layers import ConvNormAct
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -180,6 +181,7 @@ def test_compiles_without_graph_breaks(name):
     ('name', 'widths', 'stride', 'parameters'),
     [
         ('resnet8_w64', (32, 64, 192, 192), 1, 1_165_866),
+        ('resnet11_w64', (32, 64, 192, 192), 1, 1_867_178),
         ('resnet10_w16', (16, 32, 64, 128), 1, 308_826),
         ('resnet10_w32', (32, 64, 128, 256), 1, 1_228_970),
         ('resnet10_w16_s2', (16, 32, 64, 128), 2, 308_826 + 90 * 129),
@@ -212,17 +214,21 @@ def test_the_pooling_resnet_takes_what_its_siblings_take():
     assert [stage[0].drop_path.drop_prob for stage in model.stages[1:]] == pytest.approx([0.15, 0.3])
 
 
-def test_a_pooling_block_is_its_formula():
+@pytest.mark.parametrize(('name', 'depth'), [('resnet8_w64', 1), ('resnet11_w64', 2)])
+def test_a_pooling_block_is_its_formula(name, depth):
     torch.manual_seed(0)
-    block = timm.create_model('resnet8_w64').eval().stages[1][0]
-    for norm in (block.norm_act, block.residual.bn):
+    block = timm.create_model(name).eval().stages[1][0]
+    layers = [m for m in block.residual.modules() if isinstance(m, ConvNormAct)]
+    assert len(layers) == depth
+    for norm in (block.norm_act, *(layer.bn for layer in layers)):
         norm.running_mean.normal_()
         norm.weight.data.uniform_(-1, 1)  # a negative factor tells pooling before the norm from pooling after it
     x = torch.randn(2, 64, 16, 16)
     pooled = nn.functional.max_pool2d(block.conv(x), 2)
-    act = nn.functional.gelu(nn.functional.batch_norm(pooled, *_statistics(block.norm_act)))
-    branch = nn.functional.batch_norm(block.residual.conv(act), *_statistics(block.residual.bn))
-    torch.testing.assert_close(block(x), act + nn.functional.gelu(branch))
+    branch = act = nn.functional.gelu(nn.functional.batch_norm(pooled, *_statistics(block.norm_act)))
+    for layer in layers:
+        branch = nn.functional.gelu(nn.functional.batch_norm(layer.conv(branch), *_statistics(layer.bn)))
+    torch.testing.assert_close(block(x), act + branch)
 
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:

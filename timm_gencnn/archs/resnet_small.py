@@ -2,7 +2,7 @@
 
 At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 cost the same.
 `resnet10` has four stages, the first at full resolution. `resnet8` leaves that one out and pools where the others
-stride: more work at high resolution, in layers that a CPU runs fast.
+stride: more work at high resolution, in layers that a CPU runs fast. `resnet11` is one convolution a stage deeper.
 
 Papers:
 * `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
@@ -24,7 +24,7 @@ __all__ = ['SmallImageResNet']
 
 
 class PoolingBlock(nn.Module):
-    """A convolution, max pooling instead of a stride, and a residual convolution.
+    """A convolution, max pooling instead of a stride, and residual convolutions.
 
     Args:
         in_chs: Input channels.
@@ -32,7 +32,8 @@ class PoolingBlock(nn.Module):
         stride: Side of the pooling windows.
         dilation: Of both convolutions.
         layers: ByobNet's makers of layers.
-        drop_path_rate: Rate at which a sample skips the residual convolution in training.
+        drop_path_rate: Rate at which a sample skips the residual convolutions in training.
+        depth: Number of residual convolutions.
         device: Where the weights are made.
         dtype: Their type.
         kwargs: What ByobNet tells other blocks.
@@ -46,6 +47,7 @@ class PoolingBlock(nn.Module):
         dilation: tuple[int, int],
         layers: LayerFn,
         drop_path_rate: float = 0.0,
+        depth: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -55,7 +57,8 @@ class PoolingBlock(nn.Module):
         self.conv = create_conv2d(in_chs, out_chs, 3, dilation=dilation[0], **dd)
         self.pool = nn.MaxPool2d(stride)
         self.norm_act = layers.norm_act(out_chs, **dd)
-        self.residual = layers.conv_norm_act(out_chs, out_chs, 3, dilation=dilation[1], **dd)
+        convs = [layers.conv_norm_act(out_chs, out_chs, 3, dilation=dilation[1], **dd) for _ in range(depth)]
+        self.residual = nn.Sequential(*convs) if depth > 1 else convs[0]
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,6 +107,7 @@ default_cfgs = generate_default_cfgs(
         'resnet10_w16': _cfg(),
         'resnet10_w32': _cfg(),
         'resnet8_w64': _cfg(),
+        'resnet11_w64': _cfg(),
         'resnet10_w16_s2': _cfg(**_S2),
         'resnet10_w32_s2': _cfg(**_S2),
     }
@@ -163,8 +167,18 @@ def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet
     return _resnet10('resnet10_w32_s2', pretrained, 32, 2, **kwargs)
 
 
+def _pooled(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> SmallImageResNet:
+    widths, strides, block = (64, 192, 192), (2, 2, 2), partial(PoolingBlock, depth=depth)
+    return _resnet(variant, pretrained, widths, strides, 1, block, **{'act_layer': 'gelu', **kwargs})
+
+
 @register_model
 def resnet8_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Eight layers, 32 to 192 channels, for images of 32 pixels: 1.2 million parameters."""
-    widths, strides, block = (64, 192, 192), (2, 2, 2), partial(PoolingBlock)
-    return _resnet('resnet8_w64', pretrained, widths, strides, 1, block, **{'act_layer': 'gelu', **kwargs})
+    return _pooled('resnet8_w64', pretrained, 1, **kwargs)
+
+
+@register_model
+def resnet11_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """Eleven layers, 32 to 192 channels, for images of 32 pixels: 1.9 million parameters."""
+    return _pooled('resnet11_w64', pretrained, 2, **kwargs)
