@@ -270,10 +270,10 @@ def test_names_with_signs():
 
 
 def test_kinds_and_layers(zoo):
-    score = resolve(zoo, [1, 'conv:2', lambda x: x.mean((1, 2, 3))], size=SIZE)
-    assert score.names == ['1', 'conv:2', '<lambda>']
-    assert score.kinds == ['class', 'layer', 'callable']
-    assert score.layers == [[''], ['conv'], []]
+    score = resolve(zoo, [1, 'conv:2', lambda x: x.mean((1, 2, 3)), '1 - 0.5*2', '1 + conv:2'], size=SIZE)
+    assert score.names == ['1', 'conv:2', '<lambda>', '1 - 0.5*2', '1 + conv:2']
+    assert score.kinds == ['class', 'layer', 'callable', 'class', 'sum']
+    assert score.layers == [[''], ['conv'], [], [''], ['', 'conv']]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -325,9 +325,7 @@ def resolve(
                 name = getattr(member, '__name__', type(member).__name__)
             labels.append((weight, name))
         names.append(_sum_name(labels))
-        member = members[0][1]
-        kind = 'callable' if not isinstance(member, Unit) else 'class' if member.layer is None else 'layer'
-        kinds.append(kind if len(members) == 1 else 'sum')
+        kinds.append(_kind([member for _, member in members]))
         notes.append('; '.join(dict.fromkeys(note for note in node_notes if note)))
 
     chans, dtype = result.images.shape[1], result.images.dtype
@@ -336,6 +334,11 @@ def resolve(
     if size is None and not any(calls):
         function.size = _early_size(result, [term for group in terms for term in group]) or own
     return function
+
+
+def _kind(members: list[Unit | Callable[[Tensor], Tensor]]) -> str:
+    kinds = {'callable' if not isinstance(m, Unit) else 'class' if m.layer is None else 'layer' for m in members}
+    return kinds.pop() if len(members) == 1 or kinds == {'class'} else 'sum'
 
 
 def _sum_name(labels: list[tuple[float, str]]) -> str:

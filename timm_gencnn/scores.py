@@ -45,7 +45,7 @@ class ScoreFunction:
 
     Attributes:
         names: Canonical name of each node; `resolve` takes it back.
-        kinds: 'class', 'layer', 'callable' or 'sum', for each node.
+        kinds: 'class' (or a sum of classes), 'layer', 'callable' or 'sum' (of anything else), for each node.
         layers: Dotted names of the layers that each node reads ('' is the model's output).
         notes: What a user should know about each node's score, or ''.
         size: Default image height and width in pixels.

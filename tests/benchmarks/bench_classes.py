@@ -21,7 +21,7 @@ For each checkpoint, of the zoo by its name or of a run by its file (output/trai
 class at 500 image gradients a chain. Prints the median score beside that of test images of the same classes (a score
 has no zero of its own), the share of saturated pixels, and for each judge the share of pictures that it names as the
 asked class, and the variety: the mean distance of the judge's features between pictures of a class, relative to that
-between test images of the class.
+between test images of the class. `--centred` draws each class's logit less the mean of all logits.
 """
 
 import argparse
@@ -73,6 +73,11 @@ def prepare(images: Tensor, config: dict[str, Any]) -> Tensor:
     return (images - torch.tensor(config['mean']).view(-1, 1, 1)) / torch.tensor(config['std']).view(-1, 1, 1)
 
 
+def centred(classes: range, num_classes: int) -> list[dict[int, float]]:
+    """Nodes f_y - mean_k f_k."""
+    return [{k: (k == y) - 1 / num_classes for k in range(num_classes)} for y in classes]
+
+
 def spread(features: Tensor) -> float:
     return torch.pdist(features.flatten(1)).mean().item()
 
@@ -87,6 +92,7 @@ def main() -> None:
     parser.add_argument('--n', type=int, default=10)
     parser.add_argument('--steps', type=int, default=500)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--centred', action='store_true', help='f_y - mean_k f_k in place of f_y')
     parser.add_argument('--out', help='folder for the pictures')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,11 +104,13 @@ def main() -> None:
         real, labels = real_images(str(Path(args.data, dataset.split('/')[-1])), split, config)
         classes = range(args.classes or model.num_classes)
         asked = torch.tensor(classes).repeat_interleave(args.n)
-        samples = timm_gencnn.visualize(model, classes, n=args.n, steps=args.steps, seed=args.seed, progress=False)
+        nodes = centred(classes, model.num_classes) if args.centred else classes
+        samples = timm_gencnn.visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed, progress=False)
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             samples.save(str(Path(args.out, f'{shown}.png')))
-        own = model(prepare(real, config)).gather(1, labels[:, None])[:, 0]
+        logits = model(prepare(real, config))
+        own = (logits - logits.mean(1, keepdim=True) * args.centred).gather(1, labels[:, None])[:, 0]
         usual = torch.stack([own[labels == c].median() for c in classes])[asked]
         drawn = torch.tensor(samples.diagnostics['score'])
         saturated = ((samples.images < 0.02) | (samples.images > 0.98)).float().mean()
