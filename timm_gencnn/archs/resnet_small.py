@@ -30,7 +30,7 @@ class PoolingBlock(nn.Module):
         in_chs: Input channels.
         out_chs: Output channels.
         stride: Side of the pooling windows.
-        dilation: Of both convolutions.
+        dilation: Of the first convolution, and of the residual ones.
         layers: ByobNet's makers of layers.
         drop_path_rate: Rate at which a sample skips the residual convolutions in training.
         depth: Number of residual convolutions.
