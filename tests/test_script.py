@@ -259,6 +259,7 @@ def test_the_rest_of_the_schedule_is_scaled(switch):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         schedule = {'sched': 'cosine', 'num_epochs': 10, 'warmup_epochs': 4, 'warmup_lr': 1e-3, 'min_lr': 5e-3}
         scheduler, _ = session.create_scheduler(optimizer, **schedule)
+        assert session.task.optimizer is optimizer
         seen = []
         for epoch in range(10):
             if epoch == switch:

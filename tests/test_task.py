@@ -88,6 +88,22 @@ def test_switches_after_gen_steps_and_folds_the_intercepts():
     torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], batch(5)[1]))
 
 
+@pytest.mark.parametrize('name', ['lookahead_momentum', 'madgrad', 'adamw'])
+def test_the_optimizer_does_not_take_the_intercepts_back(name):
+    moved = {}
+    for known in (True, False):
+        task = make(gen_steps=20)
+        bias = task.trainable_module.fc.bias
+        optimizer = create_optimizer_v2(task.trainable_module, opt=name, lr=1e-9)  # next to no training
+        task.optimizer = optimizer if known else None
+        before = bias.detach().clone()
+        train(task, 40, optimizer=optimizer)
+        moved[known] = (bias.detach() - before) / task.intercepts()
+    torch.testing.assert_close(moved[True], torch.ones(C), rtol=0, atol=1e-3)
+    if name != 'adamw':  # control: those that keep a copy of the weights
+        assert moved[False].max() < 0.6
+
+
 @pytest.mark.parametrize('steps', [1, 40, 130])
 def test_priors_come_from_more_than_the_first_batch(steps):
     task = make()

@@ -403,6 +403,12 @@ def test_loss_flags_make_timms_criterion(images, tmp_path):
     assert torch.equal(trainer.task.criterion(logits, target), expected)
 
 
+def test_the_task_knows_the_optimizer(images, tmp_path):
+    argv = flags(images, tmp_path, '--opt', 'lookahead_momentum')
+    trainer = train.Trainer(prepared(parse(argv)), torch.device('cpu'))
+    assert trainer.task.optimizer is trainer.optimizer
+
+
 def test_validation_and_checkpoints_at_intervals(images, tmp_path):
     assert cli.main(flags(images, tmp_path, '--epochs', '5', '--val-interval', '2')) == 0
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))

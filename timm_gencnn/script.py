@@ -156,6 +156,7 @@ class _Session:
         task = self.task
         if task is None:
             raise ValueError('the script creates a schedule before a timm.task.ClassificationTask, unlike timm itself')
+        task.optimizer = optimizer
         if self.start_epoch is not None and task.gen_steps is not None and self.batches is not None:
             task.gen_steps += task.steps - self.start_epoch * self.batches  # --gen-epochs counts from epoch 0
         scheduler, epochs = _create_scheduler(optimizer, *positional, **kwargs)

@@ -61,6 +61,10 @@ class GenerativeTask(ClassificationTask):
         on_switch: Called without arguments after the switch, for example to restart a learning-rate schedule.
         device, dtype, verbose: As in timm's ClassificationTask.
 
+    Attributes:
+        optimizer: None, or the optimizer, which then forgets at the switch what it knows of the bias: Lookahead and
+            MADGRAD keep a copy of it, and would take the intercepts back.
+
     Raises:
         ValueError: Unknown phase, or a number out of its range.
     """
@@ -104,6 +108,7 @@ class GenerativeTask(ClassificationTask):
         self.running_log_z = running_log_z
         self.momentum = momentum
         self.on_switch = on_switch
+        self.optimizer: Any = None
         self.generative_loss = GenerativeLoss()
 
         self.generative = phase != 'DG'
@@ -225,6 +230,9 @@ class GenerativeTask(ClassificationTask):
                 for bias in self._biases(ema).values():
                     with torch.no_grad():
                         bias += self.intercepts(ema).to(bias)
+                    if self.optimizer is not None:
+                        optimizer = getattr(self.optimizer, '_base_optimizer', self.optimizer)  # timm's Lookahead
+                        optimizer.state.pop(bias, None)
         self.generative = False
         self.switch_step = self.steps
         self.queue = None

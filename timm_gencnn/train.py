@@ -125,6 +125,7 @@ class Trainer:
             buffers = {'broadcast_buffers': False} if args.no_ddp_bb else {}
             self.task.prepare_distributed(device_ids=[device], **buffers)
         self.schedule = self._create_schedule()
+        self.task.optimizer = self.optimizer
         self.task.on_switch = self._switched
         self.saver = self._create_saver(path) if self.primary else None
         self.writers: list[Any] = []
