@@ -174,15 +174,30 @@ def test_bad_arguments(kwargs, message):
 # Intercepts
 
 
-def test_running_log_z_is_the_mean_of_z():
-    """The plain mean of the first 1/momentum batches, then an exponential one."""
-    task = make(momentum=0.25)
-    with torch.no_grad():
-        zs = [task(*batch(i))['output'].exp().mean(0) for i in range(6)]
-    expected = sum(zs[:4]) / 4
-    for z in zs[4:]:
-        expected = 0.75 * expected + 0.25 * z
-    torch.testing.assert_close(task.log_z.exp(), expected)
+def drifting(task: GenerativeTask, steps: int) -> torch.Tensor:
+    """The running Z_y [steps, C] where that of step t is t + 1."""
+    running = []
+    for t in range(steps):
+        with torch.no_grad():
+            task.trainable_module.fc.weight.zero_()
+            task.trainable_module.fc.bias.fill_(math.log(t + 1))
+            task(*batch(t))
+        running.append(task.log_z.exp())
+    return torch.stack(running)
+
+
+def test_running_log_z_lags_by_a_small_part_of_the_steps():
+    """Batch s weighs binomial(s + 19, s), so that the mean of 0, ..., t is 20 t / 21; control: it was t / 2."""
+    t = torch.arange(100.0)[:, None].expand(-1, C)
+    torch.testing.assert_close(drifting(make(), 100), 1 + 20 / 21 * t)
+
+
+def test_running_log_z_is_a_mean_over_1_by_momentum_in_the_long_run():
+    """From step 60 on, where 20 / (t + 20) = 1/4: the lag tends to (1 - 1/4) / (1/4) = 3 steps."""
+    t = torch.arange(200.0)[:, None].expand(-1, C)
+    running = drifting(make(momentum=0.25), 200)
+    torch.testing.assert_close(running[:61], 1 + 20 / 21 * t[:61])
+    torch.testing.assert_close(running[100:], t[100:] - 2, rtol=1e-6, atol=1e-4)
 
 
 def test_eval_model_has_the_intercepts_and_is_restored():
@@ -282,12 +297,12 @@ def test_queue_holds_the_last_logits_detached():
 
 
 def test_running_log_z_weighs_the_images():
-    task = make(running_log_z=True, momentum=0.5)
+    task = make(running_log_z=True)
     train(task, 3)
     x, target = batch(3)
     before = task.log_z
     loss = task(x, target)['loss']
-    new = torch.logaddexp(before, task.trainable_module(x).exp().mean(0).log()) - math.log(2)
+    new = (3 / 23 * before.exp() + 20 / 23 * task.trainable_module(x).exp().mean(0)).log()
     torch.testing.assert_close(task.log_z, new)
     torch.testing.assert_close(loss, GenerativeLoss()(task.trainable_module(x), target, log_z=new))
 

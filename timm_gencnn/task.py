@@ -21,6 +21,7 @@ _logger = logging.getLogger(__name__)
 
 PHASES = ('DG', 'GG', 'GG+DG')
 RECORD_EVERY = 100  # steps between two entries of the ESS history; the automatic switch is decided there
+RECENT = 20  # log Z is a mean over about the last twentieth of the steps, until that is longer than 1/momentum
 PLATEAU = 10  # records without a fall of 1 % that make a plateau
 _STATE = ('generative', 'steps', 'switch_step', 'log_z', 'class_counts', 'ess', 'ess_history', 'queue')
 
@@ -56,8 +57,9 @@ class GenerativeTask(ClassificationTask):
             network what an image is not, and pictures of its nodes need not look like images.
         running_log_z: Weigh the images of a batch by exp(f_y - running log Z_y) / n instead of by a softmax over the
             batch, as SogCLR does. Biased by the lag of the running mean, less biased than a small batch.
-        momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1]; the first 1/momentum batches
-            weigh the same.
+        momentum: Weight of a batch in the running means of Z_y and of the ESS, in (0, 1]. Early batches have a larger
+            one: that of step t (from 0) 20 / (t + 20) in Z_y, which moves fast at first, so that the mean lags by
+            t / 21 steps, and 1 / (t + 1) in the ESS.
         on_switch: Called without arguments after the switch, for example to restart a learning-rate schedule.
         device, dtype, verbose: As in timm's ClassificationTask.
 
@@ -170,20 +172,17 @@ class GenerativeTask(ClassificationTask):
 
     def _update_log_z(self, new: Tensor | None) -> None:
         """Z_y <- (1 - rate) Z_y + rate (this batch's Z_y)."""
-        if self.log_z is None or new is None or self._rate == 1:
+        rate = max(self.momentum, RECENT / (self.steps + RECENT))
+        if self.log_z is None or new is None or rate == 1:
             self.log_z = new
         else:
-            self.log_z = torch.logaddexp(self.log_z + math.log1p(-self._rate), new + math.log(self._rate))
-
-    @property
-    def _rate(self) -> float:
-        return max(self.momentum, 1 / (self.steps + 1))
+            self.log_z = torch.logaddexp(self.log_z + math.log1p(-rate), new + math.log(rate))
 
     @torch.no_grad()
     def _track(self, logits: Tensor, target: Tensor) -> None:
         """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records."""
         ess_ = ess(logits)
-        self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, self._rate)
+        self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, max(self.momentum, 1 / (self.steps + 1)))
         counts = ess_.new_zeros(logits.shape[1]) if self._new_counts is None else self._new_counts
         if target.is_floating_point():
             self._new_counts = counts + target.sum(0)
