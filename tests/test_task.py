@@ -429,6 +429,15 @@ def rank_batches(world: int, case: str) -> list[tuple[torch.Tensor, torch.Tensor
     return list(zip(x.split(sizes), target.split(sizes), strict=True))
 
 
+def start(mode: str) -> GenerativeTask:
+    task = make(phase='GG', running_log_z=mode == 'running', queue=24 if mode == 'resumed' else 0)
+    if mode == 'resumed':
+        first = make(phase='GG', queue=24)
+        train(first, 2)
+        task.load_task_state(first.get_task_state() | {'new_counts': torch.ones(C)})
+    return task
+
+
 def accumulate(task: GenerativeTask, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple:
     """The mean gradient of two micro-batches, synchronised once."""
     first, second = batches
@@ -450,8 +459,8 @@ def run_rank(rank: int, world: int, folder: str) -> None:
 def save_gradients(rank: int, world: int, folder: str) -> None:
     results = {}
     for case in ('uneven', 'missing'):
-        for mode in ('batch', 'running'):
-            task = make(phase='GG', running_log_z=mode == 'running')
+        for mode in ('batch', 'running', 'resumed'):
+            task = start(mode)
             task.prepare_distributed()
             x, target = rank_batches(world, case)[rank]
             loss = task(x, target)['loss']
@@ -475,7 +484,7 @@ def whole_batch(world: int, case: str) -> tuple[torch.Tensor, ...]:
 def test_ranks_give_the_gradient_of_one_big_batch(tmp_path, world):
     mp.start_processes(run_rank, args=(world, str(tmp_path)), nprocs=world, start_method='spawn')
     for (case, mode), got in torch.load(tmp_path / 'results.pt').items():
-        task = make(phase='GG', running_log_z=mode == 'running')
+        task = start(mode)
         parts = rank_batches(world, case)
         x, target = whole_batch(world, case)
         loss = task(x, target)['loss']

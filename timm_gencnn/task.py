@@ -51,7 +51,7 @@ class GenerativeTask(ClassificationTask):
             discriminative part learns the biases, so no intercepts are added.
         queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
             E_p[grad f] is missing, so that the scores of all images drift upwards, and their logits are as stale as the
-            queue is long. Needs a small learning rate.
+            queue is long. Needs a small learning rate. A checkpoint holds the first rank's; the others start anew.
         bridge: Makes of a batch [n, C, H, W] the n images to learn and, behind them, further images of the pool
             [n + m, C, H, W], such as `Natural.bridge`: q is then the mixture of all. Without it nothing tells the
             network what an image is not, and pictures of its nodes need not look like images.
@@ -359,6 +359,8 @@ class GenerativeTask(ClassificationTask):
             self.switch_epoch = state.get('switch_epoch')  # unknown to 0.1.0
             new_counts = state['new_counts']
             self._new_counts = None if new_counts is None else new_counts.to(self.device)
+            if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+                self.queue = self._new_counts = None  # those in the checkpoint are the first rank's own
         else:
             averaged = state.get('intercepts')  # unknown to 0.1.0, and to a run without averaged weights
             self._ema_intercepts = None if averaged is None else averaged.to(self.device)
