@@ -321,10 +321,34 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, 
         (['--amp'], 'add --amp-dtype bfloat16'),
         (['--sched', 'inv', '--decay-epochs', '0'], 'decay-epochs 0'),
         (['--hybrid', '1.5'], 'hybrid 1.5 is outside [0, 1)'),
+        (['--aug-repeats', '3'], 'start several (torchrun)'),
+        (['--sched', 'plateau', '--sched-on-updates'], 'leave out --sched-on-updates'),
+        (['--sched', 'plateau', '--val-split', ''], 'name a --val-split'),
+        (['--sched', 'step', '--decay-epochs', '0'], '--decay-epochs 0.0 must be positive'),
+        (['--val-interval', '0'], '--val-interval 0 must be at least 1'),
+        (['--start-epoch', '-1'], '--start-epoch -1 must be at least 0'),
+        (['--mixup', '1', '-b', '7'], '--batch-size 7 must be even'),
+        (['--smoothing', '1'], '--smoothing 1.0 leaves nothing'),
+        (['--initial-checkpoint', '/nowhere'], "--initial-checkpoint '/nowhere' is not a file"),
+        (['--device', 'abacus'], 'cannot start on --device abacus'),
+        (['--opt-kwargs', 'slope=1'], "cannot create optimizer 'sgd'"),
     ],
 )
 def test_bad_flags_are_one_line(images, tmp_path, capsys, more, message):
     assert message in failure(capsys, flags(images, tmp_path, *more))
+
+
+def test_too_few_unlabeled_images_name_their_flag(images, tmp_path, capsys):
+    more = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation', '--unlabeled-batch-size', '13']
+    error = failure(capsys, flags(images, tmp_path, *more))
+    assert '12 unlabeled images do not fill one batch of 13: lower --unlabeled-batch-size' in error
+
+
+@pytest.mark.parametrize('more', [['--interpolation', 'cubic'], ['--train-interpolation', 'cubic'], ['--scale', '0.5']])
+def test_values_of_flags_are_checked(images, tmp_path, capsys, more):
+    with pytest.raises(SystemExit):
+        cli.main(flags(images, tmp_path, *more))
+    assert f'argument {more[0]}: ' in capsys.readouterr().err
 
 
 def test_gg_dg_must_know_when_to_switch(capsys):

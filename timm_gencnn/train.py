@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
             if not logging.root.handlers:
                 utils.setup_default_logging(logging.WARNING)
             check_arguments(args)
-            Trainer(args, utils.init_distributed_device(args)).run()
+            Trainer(args, _device(args)).run()
     finally:
         if own_group and _has_group():
             torch.distributed.destroy_process_group()
@@ -63,6 +63,13 @@ def main(args: argparse.Namespace) -> None:
 
 def _has_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    try:
+        return utils.init_distributed_device(args)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'cannot start on --device {args.device}: {error}') from error
 
 
 def use_fast_kernels(device: torch.device) -> None:
@@ -98,7 +105,10 @@ class Trainer:
             args.dist_bn = ''
             model = convert_sync_batchnorm(model)
         self._set_learning_rate()
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        try:
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        except TypeError as error:
+            raise ValueError(f'cannot create optimizer {args.opt!r}: {error}') from error
         self.autocast: Any = nullcontext()
         self.scaler: utils.NativeScaler | None = None
         if args.amp:

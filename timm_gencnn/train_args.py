@@ -15,6 +15,8 @@ from timm.utils import ParseKwargs
 
 from .task import PHASES
 
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
 
 def ess_threshold(text: str) -> float | str:
     """A number of images, or 'plateau'."""
@@ -92,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--crop-pct', type=float, metavar='F', help='centre crop in validation')
     add('--mean', type=float, nargs='+', metavar='X', help='mean pixel value')
     add('--std', type=float, nargs='+', metavar='X', help='standard deviation of the pixels')
-    add('--interpolation', default='', metavar='NAME')
+    add('--interpolation', default='', choices=['', *INTERPOLATIONS], metavar='NAME')
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='per process (default: 128)')
     add('-vb', '--validation-batch-size', type=int, metavar='N')
     add('--channels-last', **switch)
@@ -160,8 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=['rrc', 'rkrc', 'rkrr', 'pad'],
         help="timm's, or pad: a random place of the whole image padded by an eighth, whatever --scale and --ratio say",
     )
-    add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='X')
-    add('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='X')
+    add('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='X')
+    add('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='X')
     add('--hflip', type=float, default=0.5, metavar='P')
     add('--vflip', type=float, default=0.0, metavar='P')
     add('--color-jitter', type=float, default=0.4, metavar='X')
@@ -189,14 +191,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--recount', type=int, default=1, metavar='N')
     add('--mixup', type=float, default=0.0, metavar='X')
     add('--cutmix', type=float, default=0.0, metavar='X')
-    add('--cutmix-minmax', type=float, nargs='+', metavar='X')
+    add('--cutmix-minmax', type=float, nargs=2, metavar='X')
     add('--mixup-prob', type=float, default=1.0, metavar='P')
     add('--mixup-switch-prob', type=float, default=0.5, metavar='P')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
     add('--mixup-off-epoch', type=int, default=0, metavar='N')
     text = 'of the discriminative loss, and of the targets that mixup and cutmix make for both (default: 0.1)'
     add('--smoothing', type=float, default=0.1, metavar='X', help=text)
-    add('--train-interpolation', default='random', metavar='NAME')
+    add('--train-interpolation', default='random', choices=['', 'random', *INTERPOLATIONS], metavar='NAME')
     add('--drop', type=float, metavar='P', help="dropout (default: the network's own; timm's train.py has 0)")
     add('--drop-path', type=float, metavar='P')
     add('--drop-block', type=float, metavar='P')
@@ -229,6 +231,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--log-tensorboard', **switch)
 
 
+_LEAST = {
+    **dict.fromkeys(('batch_size', 'grad_accum_steps', 'epochs', 'val_interval', 'log_interval', 'checkpoint_hist'), 1),
+    'start_epoch': 0,
+}
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before anything is loaded.
 
@@ -240,8 +248,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
     if args.phase != 'DG' and args.batch_size < 2 and int(os.environ.get('WORLD_SIZE', 1)) < 2:
         raise ValueError(f'batch size {args.batch_size} has no image pool: phase {args.phase} needs at least 2 images')
-    if args.batch_size < 1 or args.grad_accum_steps < 1:
-        raise ValueError(f'batch size {args.batch_size} and accumulation {args.grad_accum_steps} must be at least 1')
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f'--{name.replace("_", "-")} {value} must be at least {least}')
+    for name in ('initial_checkpoint', 'pretrained_path'):
+        path = getattr(args, name)
+        if path and not os.path.isfile(path):
+            raise ValueError(f'--{name.replace("_", "-")} {path!r} is not a file')
+    if not args.smoothing < 1:
+        raise ValueError(f'--smoothing {args.smoothing} leaves nothing for the right class: give less than 1')
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixed and args.batch_size % 2:
+        raise ValueError(f'mixup and cutmix pair the images of a batch: --batch-size {args.batch_size} must be even')
+    if args.sched == 'plateau' and (args.sched_on_updates or not args.val_split):
+        raise ValueError(
+            '--sched plateau goes by the validation at the end of an epoch: leave out --sched-on-updates, and name a '
+            '--val-split'
+        )
+    if args.sched == 'step' and args.decay_epochs <= 0:
+        raise ValueError(f'--decay-epochs {args.decay_epochs} must be positive for --sched step')
     if args.resume == 'auto' and not args.experiment:
         raise ValueError("--resume auto needs --experiment, the name of the run's folder")
     if args.amp and args.device == 'cpu' and args.amp_dtype == 'float16':

@@ -172,14 +172,26 @@ def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: t
         input_img_mode=args.input_img_mode,
         **keys,
     )
-    return _train_loader(dataset, args.unlabeled_batch_size or args.batch_size, args, config, device)
+    batch_size = args.unlabeled_batch_size or args.batch_size
+    return _train_loader(dataset, batch_size, args, config, device, kind='unlabeled')
 
 
 def _train_loader(
-    dataset: Any, batch_size: int, args: argparse.Namespace, config: dict[str, Any], device: torch.device, **kwargs: Any
+    dataset: Any,
+    batch_size: int,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    device: torch.device,
+    kind: str = 'training',
+    **kwargs: Any,
 ) -> Any:
     if not args.no_prefetcher and device.type == 'mps':
         raise ValueError('timm prefetches to CPU, CUDA and NPU devices only: add --no-prefetcher')
+    if args.aug_repeats and (not args.distributed or isinstance(dataset, IterableDataset)):
+        raise ValueError(
+            '--aug-repeats shows the views of an image to different processes: start several (torchrun), with a data '
+            'set that has an index, or leave it out'
+        )
     plain = args.no_aug or not args.train_interpolation
     interpolation = config['interpolation'] if plain else args.train_interpolation
     loader = create_loader(
@@ -211,7 +223,8 @@ def _train_loader(
     if args.train_crop_mode == 'pad' and not args.no_aug:
         _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:], interpolation)
     if len(loader) == 0:
-        raise ValueError(f'{len(dataset)} training images do not fill one batch of {batch_size}: lower --batch-size')
+        flag = '--batch-size' if kind == 'training' else '--unlabeled-batch-size'
+        raise ValueError(f'{len(dataset)} {kind} images do not fill one batch of {batch_size}: lower {flag}')
     return loader
 
 
