@@ -380,11 +380,14 @@ class Trainer:
 
     def _backward(self, loss: torch.Tensor, update: bool) -> None:
         args = self.args
+        second_order = getattr(self.optimizer, 'is_second_order', False)
         if self.scaler is not None:
             parameters = self._clipped_parameters()
-            self.scaler(loss, self.optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
+            self.scaler(
+                loss, self.optimizer, args.clip_grad, args.clip_mode, parameters, second_order, need_update=update
+            )
         else:
-            loss.backward()
+            loss.backward(create_graph=second_order)
             if update:
                 if args.clip_grad is not None:
                     utils.dispatch_clip_grad(self._clipped_parameters(), args.clip_grad, mode=args.clip_mode)
