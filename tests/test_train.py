@@ -409,6 +409,26 @@ def test_dropout_is_the_networks_own_unless_it_is_given(images, tmp_path):
         assert trainer.task.trainable_module.drop6.p == rate
 
 
+@pytest.mark.parametrize(
+    ('more', 'shape'),
+    [
+        (['--in-chans', '3'], (3, 28, 28)),  # timm's train.py loads one channel, as lenet's configuration says
+        (['--img-size', '32'], (1, 32, 32)),  # and here three
+        (['--model', 'test_resnet', '--in-chans', '1'], (1, 160, 160)),
+        (['--input-size', '2', '28', '28', '--in-chans', '1', '--mean', '0.5'], (1, 28, 28)),
+    ],
+    ids=lambda v: ' '.join(map(str, v)),
+)
+def test_images_have_the_channels_of_the_network(images, tmp_path, more, shape):
+    argv = [*flags(images, tmp_path), *more]
+    trainer = train.Trainer(prepared(parse(argv)), torch.device('cpu'))
+    for loader in (trainer.loader, trainer.eval_loader):
+        batch, target = next(iter(loader))
+        assert batch.shape[1:] == shape
+    assert trainer.task(batch, target)['output'].shape == (len(batch), CLASSES)
+    assert yaml.safe_load((tmp_path / 'run/args.yaml').read_text())['input_size'] == list(shape)
+
+
 @pytest.mark.parametrize('crop', [[], ['--train-crop-mode', 'pad']], ids=' '.join)
 def test_an_empty_training_interpolation_is_that_of_the_network(images, tmp_path, crop):
     argv = flags(images, tmp_path, '--interpolation', 'nearest', '--img-size', '40', '--color-jitter', '0', *crop)

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from . import checkpoints, script, train_data
 from .config_file import ConfigParser
 from .loss import check_targets
+from .model_config import own_config
 from .reference import natural_for
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
@@ -96,7 +97,7 @@ class Trainer:
         if args.fast_norm:
             set_fast_norm()
         model = self._create_model()
-        config = resolve_data_config(vars(args), model=model)
+        config = self._data_config(model)
         self.reference = natural_for(config, config['input_size'][0], config['input_size'][1:], device)
         model.to(device)
         if args.channels_last:
@@ -170,6 +171,16 @@ class Trainer:
             if args.head_init_bias is not None:
                 nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
         return model
+
+    def _data_config(self, model: nn.Module) -> dict[str, Any]:
+        """timm's, but the images have the channels of the network, which args.yaml then records."""
+        args = self.args
+        config = resolve_data_config(vars(args), model=model)
+        channels = args.in_chans or (args.input_size or own_config(model).get('input_size', (3,)))[0]
+        if channels != config['input_size'][0]:
+            args.input_size = [channels, *config['input_size'][1:]]
+            config = resolve_data_config(vars(args), model=model)
+        return config
 
     def _set_learning_rate(self) -> None:
         """timm's rule: lr, or lr_base scaled by the global batch size."""
