@@ -461,6 +461,14 @@ def test_validation_and_checkpoints_at_intervals(images, tmp_path):
     assert not (tmp_path / 'run/checkpoint-2.pth.tar').exists()
 
 
+def test_the_weights_that_count_are_validated_and_no_others(images, tmp_path, monkeypatch):
+    validated, original = [], train.Trainer.validate
+    monkeypatch.setattr(train.Trainer, 'validate', lambda self, ema: validated.append(ema) or original(self, ema))
+    for more in ([], ['--model-ema'], ['--model-ema', '--model-ema-force-cpu']):
+        assert cli.main(flags(images, tmp_path, '--epochs', '1', *more)) == 0
+    assert validated == [False, True, False]
+
+
 def test_accumulated_gradients_are_the_mean_of_the_micro_batches(images, tmp_path):
     seen = {}
     for steps in (1, 3):

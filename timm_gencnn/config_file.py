@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from .train_args import validates_average
+
 RECIPES = Path(__file__).parent / 'recipes'
 # What a run's args.yaml holds besides its flags: the command, and what timm's init_distributed_device finds.
 _NO_FLAGS = {'command', 'version', 'distributed', 'world_size', 'rank', 'local_rank'}
@@ -83,5 +85,5 @@ def _of_validation(run: dict[str, Any], known: list[str]) -> dict[str, Any]:
     Not `pretrained`, where the training began, nor its device.
     """
     settings = {key: value for key, value in run.items() if key in known and key not in ('pretrained', 'device')}
-    settings['use_ema'] = bool(run.get('model_ema')) and not run.get('model_ema_force_cpu')  # what the run validated
+    settings['use_ema'] = validates_average(run)
     return settings | ({'split': run['val_split']} if run.get('val_split') else {})

@@ -16,6 +16,7 @@ from torch import nn
 
 from .generative import as_generative
 from .registry import PREFIX, check_checkpoint
+from .train_args import validates_average
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
 
@@ -47,10 +48,9 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if ':' not in name:  # a model of the Hub or of a folder says itself which it is
         name = PREFIX + name.removeprefix(PREFIX)
     overlay = args.get('pretrained_cfg_overlay') or None
-    ema_validated = bool(args.get('model_ema')) and not args.get('model_ema_force_cpu')
     try:
         model = as_generative(timm.create_model(name, pretrained_cfg_overlay=overlay, **model_arguments(args)))
-        load_checkpoint(model, str(checkpoint), use_ema=ema_validated)
+        load_checkpoint(model, str(checkpoint), use_ema=validates_average(args))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
     results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)

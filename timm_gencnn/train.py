@@ -33,7 +33,7 @@ from .model_config import own_config
 from .reference import natural_for
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
-from .train_args import add_arguments, check_arguments
+from .train_args import add_arguments, check_arguments, validates_average
 
 __all__ = ['add_arguments', 'main']
 
@@ -313,14 +313,11 @@ class Trainer:
             if (epoch + 1) % self.args.val_interval and epoch + 1 < self.schedule.epochs:
                 self.schedule.step(epoch + 1)
                 continue
-            eval_metrics = self.validate()
-            if self.task.has_ema() and not self.args.model_ema_force_cpu:
-                eval_metrics = self.validate(ema=True)
+            eval_metrics = self.validate(ema=validates_average(vars(self.args)))
             self._finish_epoch(epoch, train_metrics, eval_metrics, time.perf_counter() - begin)
 
     def _distribute_batch_norm(self) -> None:
-        averaged = self.task.has_ema() and not self.args.model_ema_force_cpu
-        for ema in (False, True) if averaged else (False,):
+        for ema in (False, True) if validates_average(vars(self.args)) else (False,):
             module: Any = self.task.get_trainable_module(ema=ema)
             utils.distribute_bn(module, self.args.world_size, self.args.dist_bn == 'reduce')
 
@@ -418,7 +415,7 @@ class Trainer:
         return f'epoch {epoch}, batch {batch}, step {self.task.steps}: {what}; {checkpoints.describe(self.saver)}'
 
     @torch.inference_mode()
-    def validate(self, ema: bool = False) -> dict[str, float]:
+    def validate(self, ema: bool) -> dict[str, float]:
         """timm's evaluator over the validation images, with the intercepts in place; empty without a split."""
         if self.eval_loader is None:
             return {}

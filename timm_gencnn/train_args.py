@@ -6,6 +6,7 @@ torchscript and Apex. `--script` runs timm's own script where those are wanted.
 
 import argparse
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -229,6 +230,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--wandb-project', metavar='NAME')
     add('--wandb-tags', nargs='+', default=[], metavar='TAG')
     add('--log-tensorboard', **switch)
+
+
+def validates_average(flags: Mapping[str, Any]) -> bool:
+    """Whether a run with these flags validates its averaged weights: not where they lie on another device."""
+    return bool(flags.get('model_ema')) and not flags.get('model_ema_force_cpu')
 
 
 _LEAST = {
