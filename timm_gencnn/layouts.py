@@ -313,16 +313,7 @@ def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
     """
     size = tensor.shape[axis]
     # The slices likely to be alive: the latest branch of a concatenation is mostly its end.
-    places = [
-        size - 1,
-        0,
-        size - 2,
-        size - 3,
-        size - 5,
-        size - 9,
-        size - 17,
-        *(size * k // 12 for k in range(11, 0, -1)),
-    ]
+    places = [size - 1, 0, *(size - k for k in (2, 3, 5, 9, 17)), *(size * k // 12 for k in range(11, 0, -1))]
     first: tuple[float, int] | None = None
     for index in dict.fromkeys(place for place in places if place >= 0):
         slope = grad(_weighted(tensor.select(axis, index)), param)

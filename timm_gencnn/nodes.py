@@ -20,6 +20,7 @@ are (window, ...). Knows nothing of sampling.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -226,26 +227,24 @@ class _Resolver:
     def __init__(self, model: nn.Module, result: Probe):
         self.model, self.result = model, result
         self.layouts: dict[tuple[Tap, int | None], Layout] = {}
-        self._classes: tuple[Tap, Layout, DatasetInfo | None] | None = None
 
     def layout(self, tap: Tap, axis: int | None = None) -> Layout:
         if (tap, axis) not in self.layouts:
             self.layouts[tap, axis] = layout_of(self.result, tap, axis)
         return self.layouts[tap, axis]
 
+    @cached_property
     def classes(self) -> tuple[Tap, Layout, DatasetInfo | None]:
-        if self._classes is None:
-            if getattr(self.model, 'num_classes', None) == 0:
-                raise ValueError("the model has no classifier (num_classes=0): name a layer, 'layer:channel'")
-            tap = _class_tap(self.result)
-            layout = self.layout(tap)
-            self._classes = tap, layout, labels_for(self.model, layout.channels)
-        return self._classes
+        if getattr(self.model, 'num_classes', None) == 0:
+            raise ValueError("the model has no classifier (num_classes=0): name a layer, 'layer:channel'")
+        tap = _class_tap(self.result)
+        layout = self.layout(tap)
+        return tap, layout, labels_for(self.model, layout.channels)
 
     def term(self, weight: float, unit: Unit) -> tuple[Term, str, str]:
         """The term, its canonical name and its note."""
         if unit.layer is None:
-            tap, layout, labels = self.classes()
+            tap, layout, labels = self.classes
             index = find_class(unit, layout.channels, labels)
             note = f'class logit read before the activation {tap.layer!r}' if tap.layer else ''
             return Term(tap, layout, index, weight=weight), class_name(index, labels), note
@@ -353,15 +352,8 @@ def _sum_name(labels: list[tuple[float, str]]) -> str:
 def _early_size(result: Probe, terms: list[Term]) -> tuple[int, int] | None:
     """Receptive field and margin, if all terms are channel maps that see less than half of the image."""
     sides = [0, 0]
-    for term in set(terms):
-        if (
-            not term.tap.layer
-            or term.position is not None
-            or len(term.layout.shape) != 3
-            or term.layout.axis != 1
-            or term.layout.windows
-        ):
-            return None
+    if any(not term.tap.layer or term.position is not None or str(term.layout) != 'NCHW' for term in terms):
+        return None
     for tap in {term.tap for term in terms}:
         tensor = result.read(tap)
         field = measure_receptive_field(result.filled, result.filled.read(tap))
@@ -394,8 +386,7 @@ def receptive_field(model: nn.Module, layer: str, *, size: tuple[int, int] | Non
         ValueError: The layer does not exist, or refuses the size, or its output is not [N, C, H, W].
     """
     check_model(model)
-    layers = [name for name, _ in model.named_modules() if name]
-    unit = Unit(find_layer(layer, layers), 0, text=layer)
+    unit = Unit(find_layer(layer, Names(model).layers), 0, text=layer)
     result, places = probe_for(model, lambda whole: places_of(whole, [[(1.0, unit)]]), size)
     tap = preactivation(result, places[layer])
     layout = layout_of(result, tap)

@@ -92,7 +92,7 @@ class ScoreFunction:
         parts: list[list[Tensor]] = [[] for _ in range(groups)]
         if self._reads:
             own = images.clone() if any(self._calls) else images  # the model may normalise in place
-            self._forward(own, parts, n)
+            self._forward(own, lambda tap, tensor: self._read(tap, tensor, parts, n))
         for group, calls in enumerate(self._calls):
             parts[group] += [weight * call(images[group * n : (group + 1) * n]).float() for weight, call in calls]
         scores = [members[0] if len(members) == 1 else torch.stack(members).sum(0) for members in parts]
@@ -127,17 +127,18 @@ class ScoreFunction:
             finally:
                 self._compiled = None
 
-    def _forward(self, images: Tensor, parts: list[list[Tensor]], n: int) -> None:
+    def _forward(self, images: Tensor, take: Callable[[Tap, Tensor], None]) -> None:
+        """Gives `take` the tensor at each tap while the pass is there: what follows may work in place."""
         if self._compiled:
             for tap, tensor in zip(self._reads, self._compiled(images), strict=True):
-                self._read(tap, tensor, parts, n)
+                take(tap, tensor)
             return
         waiting = len(self._reads)
 
         def read(tap: Tap, tensor: Tensor) -> None:
             nonlocal waiting
             waiting -= 1
-            self._read(tap, tensor, parts, n)
+            take(tap, tensor)
             if not waiting:
                 raise StopForward
 
@@ -250,16 +251,8 @@ def _check_repeatable(function: ScoreFunction, images: Tensor) -> None:
 
     def values() -> dict[Tap, Tensor]:
         found: dict[Tap, Tensor] = {}
-
-        def read(tap: Tap, tensor: Tensor) -> None:
-            found[tap] = tensor.clone()  # what follows may work in place
-            if len(found) == len(function._reads):
-                raise StopForward
-
-        with torch.no_grad(), function._hooks(read), suppress(StopForward):
-            output = function.model(images.clone())
-            if (root := Tap('')) in function._reads:
-                read(root, class_logits(output))
+        with torch.no_grad():
+            function._forward(images.clone(), lambda tap, tensor: found.update({tap: tensor.clone()}))
         return found
 
     first, second = values(), values()
