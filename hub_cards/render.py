@@ -32,7 +32,7 @@ UNITS, PER_UNIT = 8, 4
 
 def render(name: str, namespace: str, n: int, steps: int) -> Path:
     """Write the card of the checkpoint `name` ('<arch>.<tag>') and its pictures, and return their folder."""
-    record = zoo.read(name, zoo.FOLDER)
+    record = zoo.read(name)
     model = timm.create_model(f'gencnn_{name}', pretrained=True).eval()
     gallery = [timm_gencnn.visualize(model, range(min(model.num_classes, 20)), n=n, steps=steps, seed=0)]
     for layer in LAYERS[record['architecture']]:
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument('-n', type=int, default=16, help='pictures per class')
     parser.add_argument('--steps', type=int, default=512, help='image gradients per picture')
     args = parser.parse_args()
-    for name in args.names or zoo.names(zoo.FOLDER):
+    for name in args.names or zoo.names():
         print(render(name, args.namespace, args.n, args.steps))
 
 

@@ -288,7 +288,7 @@ def command(*arguments: str) -> int:
 def listed() -> tuple[list[dict[str, Any]], list[str]]:
     from timm_gencnn import list_pretrained, zoo
 
-    return [asdict(checkpoint) for checkpoint in list_pretrained()], zoo.names(zoo.FOLDER)
+    return [asdict(checkpoint) for checkpoint in list_pretrained()], zoo.names()
 
 
 def validate_card(text: str) -> None:

@@ -402,7 +402,14 @@ def test_zoo_takes_a_configuration_as_timms_own_object(tmp_path):
     model.pretrained_cfg = cfg = timm.models.PretrainedCfg(**fields)
     zoo.save(model, 'x', tmp_path / 'object')
     assert model.pretrained_cfg is cfg
-    assert zoo.read('lenet.x', tmp_path / 'object') == zoo.read('lenet.x', tmp_path / 'dictionary')
+    records = [(tmp_path / folder / 'lenet.x.json').read_text() for folder in ('object', 'dictionary')]
+    assert records[0] == records[1]
+
+
+def test_zoo_takes_weights_in_channels_last_order(tmp_path):
+    model = timm.create_model('lenet').to(memory_format=torch.channels_last)
+    saved = load_file(zoo.save(model, 'x', tmp_path))
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
 def test_zoo_tag_is_the_default_only_where_there_is_no_other(own_zoo):

@@ -98,7 +98,7 @@ def render_card(
         architecture=config['architecture'],
         plain_architecture=plain_architecture,
         in_timm=timm.models.model_entrypoint(plain_architecture).__module__.startswith('timm.'),
-        shipped=name if name.removeprefix(PREFIX) in zoo.names(zoo.FOLDER) else None,
+        shipped=name if name.removeprefix(PREFIX) in zoo.names() else None,
         parameters=f'{parameters:,}',
         num_classes=config['num_classes'],
         input_size=f'{channels} x {height} x {width}',

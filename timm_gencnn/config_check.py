@@ -24,7 +24,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-WEIGHTS = 'model.safetensors'
+from .model_config import WEIGHTS
+
 MAX_PARAMETERS = 10_000_000_000  # timm's largest network has 6.7e9
 MAX_MODULES = 10_000  # timm's largest network has 2,541
 

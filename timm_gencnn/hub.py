@@ -18,10 +18,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
-import torch
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -33,14 +31,13 @@ from huggingface_hub import (
 )
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
-from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
 from . import zoo
 from .card import is_untouched, render_card
-from .config_check import WEIGHTS, check_hash, read_config
-from .model_config import own_config
+from .config_check import check_hash, read_config
+from .model_config import WEIGHTS, own_config, write_model
 from .registry import PREFIX
 from .runs import is_run, load_run
 from .samples import Samples
@@ -229,21 +226,10 @@ def write_folder(
     Raises:
         ValueError: If the model cannot be rebuilt from a name, or a file would hold what looks like a Hub token.
     """
-    from safetensors.torch import save_file
-
     model = unwrap_model(model)
     architecture = _architecture(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with mock.patch.object(model, 'pretrained_cfg', own_config(model)):  # timm reads a dictionary
-        save_config_for_hf(
-            model,
-            str(folder / 'config.json'),
-            model_config={'pretrained_cfg': {'architecture': architecture, 'license': license}},
-            data_config=data_config,
-        )
-    # not timm's save_for_hf: safetensors refuses the strides that channels_last leaves, and layers that share weights
-    state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
+    write_model(model, folder, {'pretrained_cfg': {'architecture': architecture, 'license': license}}, data_config)
     config = read_config(folder / 'config.json', repo_id)
     if results or recipe:
         measured = {'results': results or {}, 'recipe': recipe or {}}
@@ -448,8 +434,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         weights = {'checkpoint_path': args.checkpoint, 'num_classes': args.num_classes} if args.checkpoint else {}
         model = load_model(args.model, **weights)
-        if shipped in zoo.names(zoo.FOLDER) and not args.checkpoint:
-            measured = zoo.read(shipped, zoo.FOLDER)
+        if shipped in zoo.names() and not args.checkpoint:
+            measured = zoo.read(shipped)
     if args.results:
         measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))
     results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})

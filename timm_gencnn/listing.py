@@ -29,8 +29,8 @@ class Checkpoint:
 def list_pretrained() -> list[Checkpoint]:
     """List our own checkpoints: name, data set, test error and where they live. All of them load offline."""
     checkpoints = []
-    for name in zoo.names(zoo.FOLDER):
-        results = zoo.read(name, zoo.FOLDER).get('results', {})
+    for name in zoo.names():
+        results = zoo.read(name).get('results', {})
         location = str(zoo.FOLDER / f'{name}.safetensors')
         dataset = results.get('dataset', '')
         checkpoints.append(Checkpoint(PREFIX + name, dataset, results.get('test_error'), location))

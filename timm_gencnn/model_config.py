@@ -1,11 +1,17 @@
-"""What a model says of itself: its configuration, image size, channels and class names."""
+"""What a model says of itself: its configuration, image size, channels and class names; and that in files."""
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from timm.data import CustomDatasetInfo, ImageNetInfo, infer_imagenet_subset
 from timm.data.dataset_info import DatasetInfo
 from timm.models import get_model_traits
+from timm.models._hub import save_config_for_hf
 from torch import nn
+
+WEIGHTS = 'model.safetensors'
 
 
 def own_config(model: nn.Module) -> dict[str, Any]:
@@ -45,3 +51,22 @@ def labels_for(model: nn.Module, num_classes: int) -> DatasetInfo | None:
         return own_labels(model)
     subset = infer_imagenet_subset({'num_classes': num_classes})
     return ImageNetInfo(subset) if subset else None
+
+
+def write_model(model: nn.Module, folder: Path, config: dict[str, Any], data_config: dict[str, Any] | None) -> None:
+    """Writes model.safetensors and a config.json that timm reads back, as timm's save_for_hf does, from any model.
+
+    timm's own refuses the strides that channels_last leaves, and layers that share weights.
+
+    Args:
+        model: A timm model, plain or generative.
+        folder: A folder that exists.
+        config: Further entries of config.json.
+        data_config: Preprocessing, as of `timm.data.resolve_data_config`; None for that of the model's pretrained_cfg.
+    """
+    from safetensors.torch import save_file
+
+    with mock.patch.object(model, 'pretrained_cfg', own_config(model)):  # timm reads a dictionary
+        save_config_for_hf(model, str(folder / 'config.json'), model_config=config, data_config=data_config)
+    state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})

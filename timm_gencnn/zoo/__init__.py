@@ -21,34 +21,28 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
-from timm.models import save_for_hf
 from torch import nn
 
-from timm_gencnn.model_config import own_config
+from timm_gencnn.model_config import WEIGHTS, own_config, write_model
 
 __all__ = ['FOLDER', 'names', 'read', 'save', 'verify']
 
 FOLDER = Path(__file__).parent
 
 
-def names(folder: Path | None = None) -> list[str]:
-    """Return the checkpoints in a folder (None for this one) as '<arch>.<tag>', in alphabetical order."""
-    return sorted(path.stem for path in (folder or FOLDER).glob('*.*.safetensors'))
+def names() -> list[str]:
+    """Return the checkpoints as '<arch>.<tag>', in alphabetical order."""
+    return sorted(path.stem for path in FOLDER.glob('*.*.safetensors'))
 
 
-def read(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """Return the JSON record of a checkpoint.
-
-    Args:
-        name: '<arch>.<tag>'.
-        folder: Where the checkpoint lies; None for this one.
+def read(name: str) -> dict[str, Any]:
+    """Return the JSON record of a checkpoint, '<arch>.<tag>'.
 
     Raises:
         ValueError: If the record is missing or is not a JSON object with the keys above.
     """
-    path = (folder or FOLDER) / f'{name}.json'
+    path = FOLDER / f'{name}.json'
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
         record['architecture'], record['tag'], record['pretrained_cfg'], record['sha256']
@@ -57,14 +51,14 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any]:
     return record
 
 
-def verify(name: str, folder: Path | None = None) -> None:
+def verify(name: str) -> None:
     """Check that a checkpoint is the one its record describes.
 
     Raises:
         ValueError: If the safetensors file has other contents than when it was saved.
     """
-    path = (folder or FOLDER) / f'{name}.safetensors'
-    if hashlib.sha256(path.read_bytes()).hexdigest() != read(name, folder)['sha256']:
+    path = FOLDER / f'{name}.safetensors'
+    if hashlib.sha256(path.read_bytes()).hexdigest() != read(name)['sha256']:
         raise ValueError(f'{path} is corrupted (its SHA-256 is not that of its record): install timm_gencnn again')
 
 
@@ -103,9 +97,9 @@ def save(
         raise ValueError(f'{type(model).__name__} has no pretrained_cfg: make the model with timm.create_model')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as new, mock.patch.object(model, 'pretrained_cfg', own_config(model)):
-        save_for_hf(model, new, {'label_names': label_names}, safe_serialization=True, data_config=data_config)
-        weights, config = Path(new, 'model.safetensors'), json.loads(Path(new, 'config.json').read_text())
+    with TemporaryDirectory(dir=folder) as new:
+        write_model(model, Path(new), {'label_names': label_names}, data_config)
+        weights, config = Path(new, WEIGHTS), json.loads(Path(new, 'config.json').read_text())
         model_args = config.get('model_args', {})
         architecture = config['architecture'].removeprefix('gencnn_')
         cfg = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'tag': tag}
