@@ -17,13 +17,12 @@ from tqdm.auto import tqdm
 from .generative import as_generative
 from .loss import check_targets
 from .model_config import own_config
+from .networks import frozen, without_autocast
 from .reference import per_channel
 from .runs import model_arguments
 from .train_data import check_classes, open_dataset, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
-
-SCORES = ('logit', 'log_ratio', 'gradient_norm')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +152,7 @@ def validate(model: nn.Module, loader: Any, autocast: Any = None) -> dict[str, A
     confidence, correct = [], []
     for images, target in tqdm(loader, desc='validate', leave=False):
         images, target = images.to(device), target.to(device)
-        with autocast if autocast is not None else torch.autocast(device.type, enabled=False):
+        with autocast or without_autocast(device):
             logits = model(images).float()
         check_targets(target, logits.shape[1])
         evaluator.update(logits, target)
@@ -164,13 +163,12 @@ def validate(model: nn.Module, loader: Any, autocast: Any = None) -> dict[str, A
         raise ValueError('the data set has no images')
     result = evaluator.compute()
     ece = expected_calibration_error(torch.cat(confidence), torch.cat(correct))
-    images_seen = int(evaluator.counts[0])
     return {
         'top1': result['top1'],
         'top5': result['top5'],
         'nll': result['loss'],
         'ece': 100 * ece,
-        'images': images_seen,
+        'images': int(evaluator.counts[0]),
     }
 
 
@@ -251,23 +249,14 @@ def scores(model: nn.Module, loader: Any) -> dict[str, Tensor]:
     kinds: dict[str, Callable[[Tensor], Tensor]] = {'logit': lambda logits: logits.amax(1)}
     if log_z is not None:
         kinds['log_ratio'] = lambda logits: (logits - log_z.to(logits)).amax(1)
-    found: dict[str, list[Tensor]] = {name: [] for name in SCORES if name in kinds or name == 'gradient_norm'}
-    for x, logits in _with_input_gradient(model, loader):
-        for name, score in kinds.items():
-            found[name].append(score(logits.detach()))
-        gradient = torch.autograd.grad(logits.logsumexp(1).sum(), x)[0]
-        found['gradient_norm'].append(-gradient.flatten(1).norm(dim=1))
-    return {name: torch.cat(values).cpu() for name, values in found.items()}
-
-
-def _with_input_gradient(model: nn.Module, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    found: dict[str, list[Tensor]] = {name: [] for name in (*kinds, 'gradient_norm')}
     parameter = next(model.parameters())
-    flags = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
+    with frozen(model):
         for images, *_ in loader:
             x = images.to(parameter).requires_grad_()
-            yield x, model(x).float()
-    finally:
-        for p, flag in zip(model.parameters(), flags, strict=True):
-            p.requires_grad_(flag)
+            logits = model(x).float()
+            for name, score in kinds.items():
+                found[name].append(score(logits.detach()))
+            gradient = torch.autograd.grad(logits.logsumexp(1).sum(), x)[0]
+            found['gradient_norm'].append(-gradient.flatten(1).norm(dim=1))
+    return {name: torch.cat(values).cpu() for name, values in found.items()}
