@@ -116,14 +116,14 @@ class _Session:
 
     def _open_pool(self, given: dict[str, Any]) -> None:
         args = self.args
-        if not (args.pool_reference or _has_unlabeled(args)):
+        if not (args.pool_reference or train_data.has_unlabeled(args)):
             return
         if given.get('input_size_choices'):
             raise ValueError('the image pool needs images of one size: leave out --train-img-sizes')
         channels, *size = given['input_size']
         if args.pool_reference:
             self.bridge = natural_for(given, channels, tuple(size), given['device']).bridge
-        if _has_unlabeled(args):
+        if train_data.has_unlabeled(args):
             dataset = train_data.open_dataset(
                 args.unlabeled_dataset or '', args.unlabeled_data_dir, args.unlabeled_split, channels
             )
@@ -138,7 +138,7 @@ class _Session:
     def create_naflex_loader(self, *positional: Any, **kwargs: Any) -> Any:
         loader = _create_naflex_loader(*positional, **kwargs)
         if kwargs.get('is_training'):
-            if self.args.pool_reference or _has_unlabeled(self.args):
+            if self.args.pool_reference or train_data.has_unlabeled(self.args):
                 raise ValueError('further images cannot join patches: leave out --naflex-loader or the further images')
             self.batches = len(loader)
             self.connect()
@@ -203,10 +203,6 @@ def _with_flags(session: _Session) -> Any:
         return namespace
 
     return parse_args
-
-
-def _has_unlabeled(args: argparse.Namespace) -> bool:
-    return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
 
 
 _initialize = timm.task.TrainingTask.__init__

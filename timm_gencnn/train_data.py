@@ -158,19 +158,28 @@ def train_loader(args: argparse.Namespace, config: dict[str, Any], device: torch
     return _train_loader(dataset, args.batch_size, args, config, device, collate_fn=collate)
 
 
+def has_unlabeled(args: argparse.Namespace) -> bool:
+    """Whether the flags ask for unlabeled images."""
+    return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
+
+
+def columns(args: argparse.Namespace, name: str | None) -> dict[str, Any]:
+    """The columns to read of a second data set: those of the labeled one where both are of the same source."""
+    alike = (name or '').partition('/')[0] == args.dataset.partition('/')[0]
+    return {'input_key': args.input_key, 'target_key': args.target_key} if alike else {}
+
+
 def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.device) -> Any | None:
     """Loader of the unlabeled images, or None."""
-    if args.unlabeled_dataset is None and args.unlabeled_data_dir is None:
+    if not has_unlabeled(args):
         return None
-    alike = (args.unlabeled_dataset or '').partition('/')[0] == args.dataset.partition('/')[0]
-    keys = {'input_key': args.input_key, 'target_key': args.target_key} if alike else {}
     dataset = open_dataset(
         args.unlabeled_dataset or '',
         args.unlabeled_data_dir,
         args.unlabeled_split,
         config['input_size'][0],
         input_img_mode=args.input_img_mode,
-        **keys,
+        **columns(args, args.unlabeled_dataset),
     )
     batch_size = args.unlabeled_batch_size or args.batch_size
     return _train_loader(dataset, batch_size, args, config, device, kind='unlabeled')
@@ -266,8 +275,7 @@ def _dataset_arguments(args: argparse.Namespace) -> dict[str, Any]:
         'class_map': args.class_map or None,
         'download': args.dataset_download,
         'input_img_mode': args.input_img_mode,
-        'input_key': args.input_key,
-        'target_key': args.target_key,
+        **columns(args, args.dataset),
     }
 
 

@@ -20,7 +20,7 @@ from .model_config import own_config
 from .networks import frozen, without_autocast
 from .reference import per_channel
 from .runs import model_arguments
-from .train_data import check_classes, open_dataset, plain_loader
+from .train_data import check_classes, columns, open_dataset, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
 
@@ -88,13 +88,11 @@ def main(args: argparse.Namespace) -> None:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
-    keys = {'input_key': args.input_key, 'target_key': args.target_key}
-
     def loader(name: str, root: str | None, split: str, **kwargs: Any) -> Any:
         dataset = open_dataset(name, root, split, config['input_size'][0], input_img_mode=args.input_img_mode, **kwargs)
         return plain_loader(dataset, config, args.batch_size, args.workers, device)
 
-    labeled = keys | {'class_map': args.class_map or None}
+    labeled = columns(args, args.dataset) | {'class_map': args.class_map or None}
     if args.log_z_split:
         as_generative(model).estimate_log_z(loader(args.dataset, args.data_dir, args.log_z_split, **labeled))
     data = loader(args.dataset, args.data_dir, args.split, **labeled)
@@ -103,8 +101,8 @@ def main(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {'model': args.model, 'checkpoint': args.checkpoint, 'noise': args.noise}
     results |= validate(model, noisy(data, args.noise, config['std']), autocast)
     if args.ood_dataset is not None or args.ood_data_dir is not None:
-        alike = (args.ood_dataset or '').partition('/')[0] == args.dataset.partition('/')[0]
-        outside = loader(args.ood_dataset or '', args.ood_data_dir, args.ood_split, **(keys if alike else {}))
+        ood = args.ood_dataset
+        outside = loader(ood or '', args.ood_data_dir, args.ood_split, **columns(args, ood))
         inside_scores, outside_scores = (scores(model, tqdm(d, desc='scores', leave=False)) for d in (data, outside))
         results |= {f'auroc_{k}': 100 * auroc(inside_scores[k], outside_scores[k]) for k in inside_scores}
     for name, value in results.items():
