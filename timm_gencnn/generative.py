@@ -285,19 +285,14 @@ class GenerativeMixin(nn.Module):
         return self.log_z
 
     def _final_biases(self, classes: int) -> list[Tensor]:
-        """The bias of the classifier's last linear layer, or of each head's where the model averages several."""
-        get_classifier = getattr(self, 'get_classifier', None)
-        heads: Any = self if get_classifier is None else get_classifier()
-        biases = []
-        for head in heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,):
-            linear = [module for module in head.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-            bias = linear[-1].bias if linear else None
-            if bias is None or len(bias) != classes:
-                raise ValueError(
-                    f'the classifier of {type(self).__name__} does not end in a linear layer with {classes} biases to '
-                    'fold the intercepts into: use posterior(), which applies them to the logits'
-                )
-            biases.append(bias)
+        """The `head_biases`, one for each class."""
+        heads = head_biases(self)
+        biases = [bias for bias in heads if bias is not None and len(bias) == classes]
+        if len(biases) < len(heads):
+            raise ValueError(
+                f'the classifier of {type(self).__name__} does not end in a linear layer with {classes} biases to '
+                'fold the intercepts into: use posterior(), which applies them to the logits'
+            )
         return biases
 
     def _probe_images(self) -> Tensor:
@@ -365,6 +360,15 @@ def as_generative(model: nn.Module) -> GenerativeMixin:
     model._before_fold = None
     model._image_shape = None
     return model
+
+
+def head_biases(model: nn.Module) -> list[Tensor | None]:
+    """The bias, if any, of the classifier's last linear layer, or of each head's where the model averages several."""
+    get_classifier = getattr(model, 'get_classifier', None)
+    heads: Any = model if get_classifier is None else get_classifier()
+    heads = heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,)
+    layers = [[m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for head in heads]
+    return [linear[-1].bias if linear else None for linear in layers]
 
 
 @functools.cache

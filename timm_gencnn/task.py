@@ -15,6 +15,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor
 
+from .generative import head_biases
 from .loss import GenerativeLoss, ess, log_mean_exp
 
 _logger = logging.getLogger(__name__)
@@ -279,11 +280,7 @@ class GenerativeTask(ClassificationTask):
         model = self._plain_model(ema)
         if not hasattr(model, 'get_classifier'):
             return {}
-        heads = model.get_classifier()
-        biases = []
-        for head in heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,):
-            linear = [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-            biases.append(linear[-1].bias if linear else None)
+        biases = head_biases(model)
         if any(b is None or self.log_z is None or b.shape != self.log_z.shape for b in biases):
             return {}
         return {name: p for name, p in model.named_parameters() if any(p is b for b in biases)}
