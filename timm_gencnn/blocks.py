@@ -80,7 +80,7 @@ class Run:
                         with self.scoring(group) as score:
                             parts += [self.block(score, group, some, bar) for _, some in members]
                 return self.gather(blocks, parts)
-            except (torch.OutOfMemoryError, RuntimeError) as e:
+            except RuntimeError as e:
                 if self.channels_last and _needs_contiguous(e):
                     self.channels_last = False
                     continue
@@ -170,19 +170,14 @@ class Run:
         """Puts the blocks' chains into the order of nodes."""
         ids = [k * self.n + i for group, some in blocks for k in group for i in some]
         order = torch.tensor(ids, device='cpu').argsort()
-        join = lambda pick, dim=0: torch.cat([pick(*p).cpu() for p in parts], dim).index_select(dim, order)  # noqa: E731
-        per_image = {
-            'score': join(lambda trace, final, *_: final).tolist(),
-            'acceptance': join(lambda trace, *_: trace.acceptance).tolist(),
-            'tilt': join(lambda trace, *_: trace.tilt).tolist(),
-            'step_size': join(lambda trace, *_: trace.step_size).tolist(),
-            'energy_error': join(lambda trace, *_: trace.energy_error).tolist(),
-            'divergences': join(lambda trace, *_: trace.divergences).tolist(),
-        }
-        images = join(lambda trace, final, pixels, film: pixels)
-        trace = join(lambda trace, *_: trace.scores, 1)
-        film = join(lambda *p: torch.stack(p[3]), 1) if self.frames else None
-        return images, trace, per_image, max(p[0].gradients for p in parts), film
+        join = lambda each, dim=0: torch.cat([t.cpu() for t in each], dim).index_select(dim, order)  # noqa: E731
+        traces, finals, pixels, films = zip(*parts, strict=True)
+        per_image = {'score': join(finals).tolist()}
+        for name in 'acceptance', 'tilt', 'step_size', 'energy_error', 'divergences':
+            per_image[name] = join(getattr(trace, name) for trace in traces).tolist()
+        scores = join((trace.scores for trace in traces), 1)
+        film = join(map(torch.stack, films), 1) if self.frames else None
+        return join(pixels), scores, per_image, max(trace.gradients for trace in traces), film
 
 
 def _needs_contiguous(e: BaseException) -> bool:

@@ -35,16 +35,8 @@ _MAX_CLASSES = 1_000_000
 _MAX_INT = 1 << 20
 _RESERVED = {
     *('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict'),
-    *(
-        'pretrained_filter_fn',
-        'cache_dir',
-        'checkpoint_path',
-        'model_name',
-        'model_cfg',
-        'feature_cfg',
-        'kwargs_filter',
-    ),
-    *('device', 'dtype', 'scriptable', 'exportable', 'no_jit', 'pruned'),
+    *('pretrained_filter_fn', 'cache_dir', 'checkpoint_path', 'model_name', 'model_cfg', 'feature_cfg'),
+    *('kwargs_filter', 'device', 'dtype', 'scriptable', 'exportable', 'no_jit', 'pruned'),
 }
 
 Check = Callable[[Any], bool]

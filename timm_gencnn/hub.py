@@ -439,10 +439,7 @@ def main(args: argparse.Namespace) -> None:
     if args.results:
         measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))
     results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})
-    gallery = []
-    if args.nodes:
-        nodes = [int(node) if node.isdigit() else node for node in args.nodes]
-        gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed)]
+    gallery = [visualize(model, args.nodes, n=args.n, steps=args.steps, seed=args.seed)] if args.nodes else []
     pushed = push_to_hub(
         model,
         args.repo_id,

@@ -156,8 +156,10 @@ class GenerativeLoss(nn.Module):
 
         if self.reduction == 'none':
             return loss
-        if self.reduction == 'sum' or not self.distributed:
-            return loss.sum() if self.reduction == 'sum' else loss.mean()
+        if self.reduction == 'sum':
+            return loss.sum()
+        if not self.distributed:
+            return loss.mean()
         total = loss.new_tensor([len(loss)])
         dist.all_reduce(total)
         return loss.sum() * (dist.get_world_size() / total[0])

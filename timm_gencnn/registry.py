@@ -57,7 +57,7 @@ def register(arch: str) -> None:
     Raises:
         ValueError: If timm has no such architecture.
     """
-    if not timm_registry.is_model(arch) or '.' in arch:
+    if not is_model(arch) or '.' in arch:
         raise ValueError(f'{arch!r} is not an architecture of timm: register it there first, or see timm.list_models()')
     name = PREFIX + arch
     entrypoint = _entrypoint(arch)

@@ -229,13 +229,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: The file does not exist, is no PNG or was not written by `Samples.save`.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.load()
             text = getattr(image, 'text', {}).get(METADATA_KEY)
-    except (OSError, UnidentifiedImageError, SyntaxError) as e:
+    except (OSError, SyntaxError) as e:
         raise ValueError(f'cannot read {str(path)!r} as a picture: {e}') from None
     if text is None:
         raise ValueError(f'{str(path)!r} carries no settings: only PNGs saved by Samples.save can be repeated')

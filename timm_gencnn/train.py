@@ -27,7 +27,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoints, script, train_data
-from .config_file import ConfigParser
 from .loss import check_targets
 from .model_config import own_config
 from .reference import natural_for
@@ -306,7 +305,8 @@ class Trainer:
             utils.random_seed(self.args.seed + epoch * self.args.world_size, self.args.rank)
             train_data.set_epoch(self.loader, epoch)
             if self.mixup is not None and 0 < self.args.mixup_off_epoch <= epoch:
-                self._mixer().mixup_enabled = False
+                mixer: Any = self.loader if isinstance(self.mixup, FastCollateMixup) else self.mixup
+                mixer.mixup_enabled = False
             train_metrics = self.train_one_epoch(epoch)
             if self.args.distributed and self.args.dist_bn:
                 self._distribute_batch_norm()
@@ -320,9 +320,6 @@ class Trainer:
         for ema in (False, True) if validates_average(vars(self.args)) else (False,):
             module: Any = self.task.get_trainable_module(ema=ema)
             utils.distribute_bn(module, self.args.world_size, self.args.dist_bn == 'reduce')
-
-    def _mixer(self) -> Any:
-        return self.loader if isinstance(self.mixup, FastCollateMixup) else self.mixup
 
     def train_one_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training images.
@@ -471,9 +468,3 @@ class Trainer:
             f'ESS {train_metrics["ess"]:.1f}{error}  {seconds:.1f} s',
             flush=True,
         )
-
-
-if __name__ == '__main__':
-    parser = ConfigParser(description=__doc__)
-    add_arguments(parser)
-    main(parser.parse_args())

@@ -88,10 +88,6 @@ class ConvNet(nn.Module):
                 channels = layer.out_channels
             if name in taps:
                 self.feature_info.append({'num_chs': channels, 'reduction': reduction, 'module': name})
-        if min(size) < 1:
-            raise ValueError(
-                f'img_size {self.img_size} is too small for {type(self).__name__}: nothing is left to pool'
-            )
         self.feature_layers = tuple(features)
         self.feature_size = size
         self.num_features = channels
