@@ -132,7 +132,7 @@ def make_samples(nodes: int, n: int = 2) -> Any:
         nodes=[f'{i} (class {i})' for i in range(nodes)],
         settings={
             **{'model': '/home/alice/secret/run-7', 'nodes': list(range(nodes)), 'n': n, 'steps': 64, 'seed': 5},
-            **{'reference': 'natural', 'alpha': 1.25, 'scale': 2, 'temperature': 0.02, 'tilt': 50.0, 'size': [16, 16]},
+            **{'reference': 'natural', 'alpha': 1.25, 'temperature': 0.02, 'tilt': 50.0, 'size': [16, 16]},
             'regime': 'gallery',
         },
         diagnostics={

@@ -219,7 +219,7 @@ def test_card(hub: LoopbackHub, client: Client, published: tuple[str, str]) -> N
     for part in (
         *('library_name: timm', 'pipeline_tag: image-classification', 'ylecun/mnist', 'value: 0.77', '<Gallery />'),
         *('url: images/0-001-1-class-1.png', 'gencnn train --config lenet_mnist', 'dai2015generative'),
-        '- **0 (class 0), 1 (class 1)**: 2 chains per node, reference `natural` (alpha 1.25, scale 2), temperature',
+        '- **0 (class 0), 1 (class 1)**: 2 chains per node, reference `natural` (alpha 1.25), temperature',
         ' 0.02, tilt 50, 64 image gradients per chain, seed 5. Gallery regime: not samples of the model at T = 1.',
         'Mean score by node: 0.5, 2.5.',
         '**not samples of the\nmodel**',

@@ -124,7 +124,7 @@ def _metric_name(metric: str) -> str:
 def describe_run(samples: Samples) -> str:
     """Say in one paragraph how pictures were made, and what their diagnostics are."""
     settings, diagnostics = samples.settings, samples.diagnostics
-    numbers = [f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha', 'scale') if settings.get(key) is not None]
+    numbers = [f'{key} {settings[key]:.3g}' for key in ('sigma', 'alpha') if settings.get(key) is not None]
     reference = f'`{settings["reference"]}`' + (f' ({", ".join(numbers)})' if numbers else '')
     tilt = settings['tilt']
     tilts = f'{tilt:g}' if tilt is not None else f'chosen per chain (median {median(diagnostics["tilt"]):.3g})'

@@ -514,9 +514,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--out', required=True, metavar='DIR', help='folder of the page; a run there is taken up again')
     parser.add_argument('--overwrite', action='store_true', help='draw nodes again that DIR has with other settings')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
     add_sampling_arguments(parser)
-    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
 
 
 def main(args: argparse.Namespace) -> None:

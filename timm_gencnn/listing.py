@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from . import zoo
+from .node_lists import table
 from .registry import PREFIX
 
 
@@ -46,6 +47,4 @@ def main(args: argparse.Namespace) -> None:
     rows = [('name', 'data set', 'error', 'location')]
     for c in list_pretrained():
         rows.append((c.name, c.dataset, '' if c.error is None else f'{c.error:.2f} %', c.location))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(rows))

@@ -5,16 +5,18 @@ import difflib
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import timm
 import torch
 from torch import nn
 
 from .layouts import Probe, Tap, single_tensor
 from .names import WEIGHT
 from .nodes import check_model, layout_of, preactivation, probe_for
+from .registry import check_name
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,11 @@ def _span(pattern: str, first: int, last: int) -> range:
     return range(first, last + 1)
 
 
-def table(infos: Iterable[NodeInfo]) -> Iterator[str]:
-    """Lines of a plain-text table of layers."""
-    rows = [('layer', 'channels', 'layout', 'shape')]
-    for info in infos:
-        rows.append((info.name, str(info.channels or '?'), info.layout, ' x '.join(map(str, info.shape))))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        yield '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of them the header, as plain text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return '\n'.join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,10 +139,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the layers of a model, with channels, layout and shape; the weights do not matter and are not loaded."""
-    import timm
-
-    from .registry import check_name
-
     check_name(args.model)
     try:
         model = timm.create_model(args.model, pretrained=False).eval()
@@ -152,7 +147,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f'cannot create model {args.model!r}: {error} Pretrained are {tags}') from error
     size = None if args.size is None else (args.size, args.size)
     infos = list_nodes(model, args.pattern, size=size)
-    print('\n'.join(table(infos)))
+    rows = [(i.name, str(i.channels or '?'), i.layout, ' x '.join(map(str, i.shape))) for i in infos]
+    print(table([('layer', 'channels', 'layout', 'shape'), *rows]))
     units = sum((info.channels or 0) for info in infos)
     positions = sum(prod(info.shape) for info in infos)
     print(f'{len(infos)} layers, {units} channels, {positions} units')

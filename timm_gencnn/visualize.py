@@ -255,7 +255,9 @@ def _stuck(divergences: list[int], draws: int) -> str:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how to sample; none given means the defaults of `visualize`."""
+    """The flags that say which weights to take, where to run and how to sample: by default as `visualize` does."""
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
+    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     parser.add_argument('-n', type=int, help='images per node')
     parser.add_argument('--steps', type=int, help='image gradients per chain (default: 512)')
     parser.add_argument('--reference', choices=['natural', 'white'], help='(default: natural)')
@@ -267,7 +269,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `add_sampling_arguments` that were given."""
+    """The flags that were given of those that say how to sample."""
     names = ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed', 'preset')
     return {k: getattr(args, k) for k in names if getattr(args, k) is not None}
 
@@ -278,9 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('node', nargs='*', help="classes (207, goldfish) or 'layer:channel[@row,col]'")
     parser.add_argument('--out', default='samples.png', help='PNG to write (default: %(default)s)')
     parser.add_argument('--like', metavar='PNG', help='repeat the run whose settings this PNG carries')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
     add_sampling_arguments(parser)
-    parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
     parser.add_argument('--animate', metavar='FILE', help='also write the course of the chains as .gif or .webp')
 
