@@ -98,9 +98,9 @@ class HttpError(Exception):
 class LoopbackHub:
     """The server: `endpoint` goes into HF_ENDPOINT, `users` maps tokens to names, `repos` is what was published."""
 
-    def __init__(self, users: dict[str, str], multipart_size: int = 1 << 20) -> None:
+    def __init__(self, users: dict[str, str]) -> None:
         self.users = users
-        self.multipart_size = multipart_size
+        self.multipart_size = 1 << 20
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -142,9 +142,9 @@ class LoopbackHub:
 
 
 @contextmanager
-def running_hub(users: dict[str, str], **kwargs: Any) -> Iterator[LoopbackHub]:
+def running_hub(users: dict[str, str]) -> Iterator[LoopbackHub]:
     """Serve until the block ends."""
-    hub = LoopbackHub(users, **kwargs)
+    hub = LoopbackHub(users)
     try:
         yield hub
     finally:

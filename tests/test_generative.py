@@ -12,7 +12,6 @@ import torch
 import torchvision
 from torch import nn
 
-import timm_gencnn
 from timm_gencnn import GenerativeMixin, as_generative
 
 PRIORS = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
@@ -434,8 +433,3 @@ def test_fold_needs_an_image_size():
     model.set_log_z(torch.zeros(3))
     with pytest.raises(ValueError, match='estimate_log_z'):
         model.fold_intercepts()
-
-
-def test_public_names():
-    assert timm_gencnn.as_generative is as_generative
-    assert timm_gencnn.GenerativeMixin is GenerativeMixin

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import timm.task
 import torch
 import torch.multiprocessing as mp
 from pictures import SIZE, draw_bars
-from ranks import assert_no_gloo_thread
+from ranks import assert_no_gloo_thread, become_rank, unused_port
 from timm.data import create_dataset, create_loader
 
 from timm_gencnn import cli
@@ -300,21 +299,13 @@ def test_further_images_join_the_pool_before_the_switch_only(script, images, tmp
 
 
 def run_rank(rank: int, port: int, script: Path, images: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
-    )
+    become_rank(rank, port)
     assert run(script, images, out, *FULL, '--grad-accum-steps', '2') == 0
     assert_no_gloo_thread()
 
 
 def test_two_ranks(script, images, tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    arguments = (port, script, images, tmp_path / 'run')
+    arguments = (unused_port(), script, images, tmp_path / 'run')
     mp.start_processes(run_rank, args=arguments, nprocs=2, start_method='spawn', join=True)
     state = load(tmp_path / 'run')
     assert state['task_state']['class_counts'].sum() == 96  # all images of two epochs

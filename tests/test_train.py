@@ -6,7 +6,6 @@ import importlib.machinery
 import importlib.util
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch.multiprocessing as mp
 import yaml
 from pictures import SIZE, draw_bars
 from PIL import Image
-from ranks import assert_no_gloo_thread
+from ranks import assert_no_gloo_thread, become_rank, unused_port
 from safetensors.torch import load_file
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -663,17 +662,14 @@ def test_a_stream_of_images_cannot_be_cached():
 
 
 def run_rank(rank: int, argv: list[str], port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
-    )
+    become_rank(rank, port)
     assert cli.main(argv) == 0
     assert_no_gloo_thread()
 
 
-def test_two_ranks(images, tmp_path, unused_port):
+def test_two_ranks(images, tmp_path):
     argv = flags(images, tmp_path, '-b', '4', '--sync-bn', *FULL)
-    mp.start_processes(run_rank, args=(argv, unused_port), nprocs=2, start_method='spawn')
+    mp.start_processes(run_rank, args=(argv, unused_port()), nprocs=2, start_method='spawn')
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [row['train_phase'] for row in rows] == ['GG', 'GG', 'DG', 'DG']  # written once, by the first rank
     assert float(rows[-1]['eval_loss']) < 0.9  # log 3 = 1.1 is chance
@@ -695,11 +691,11 @@ def run_rank_with_batch_norm(rank: int, argv: list[str], port: int, folder: Path
     run_rank(rank, argv, port)
 
 
-def test_ranks_agree_on_the_statistics_of_batch_norm(images, tmp_path, unused_port):
+def test_ranks_agree_on_the_statistics_of_batch_norm(images, tmp_path):
     argv = flags(
         images, tmp_path, '--model', 'test_resnet', '--input-size', '3', '32', '32', '-b', '4', *FULL, '--epochs', '1'
     )
-    mp.start_processes(run_rank_with_batch_norm, args=(argv, unused_port, tmp_path), nprocs=2, start_method='spawn')
+    mp.start_processes(run_rank_with_batch_norm, args=(argv, unused_port(), tmp_path), nprocs=2, start_method='spawn')
     statistics = [[torch.load(tmp_path / f'{ema}-{rank}.pt') for rank in range(2)] for ema in (False, True)]
     for first, second in statistics:
         assert first
@@ -707,15 +703,6 @@ def test_ranks_agree_on_the_statistics_of_batch_norm(images, tmp_path, unused_po
     assert not same(statistics[0][0], statistics[1][0])  # the average is another model
     saved = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['state_dict_ema']
     assert same(statistics[1][0], {k: saved[k] for k in statistics[1][0]})
-
-
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 # Configuration
