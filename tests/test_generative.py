@@ -428,6 +428,34 @@ def test_what_is_not_a_classifier_is_refused():
         as_generative(lenet()).estimate_log_z([], progress=False)
 
 
+class EnergyBased(nn.Module):
+    """A network that is written as an energy, with a normaliser of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 3)
+        self.log_z = nn.Parameter(torch.ones(3))
+
+    def energy(self, x):
+        return self.log_z - self.body(x.flatten(1))
+
+    def forward(self, x):
+        return -self.energy(x)
+
+
+def test_what_a_model_has_of_its_own_is_not_hidden(cube):
+    """Its forward would call the mixin's method of that name, without end."""
+    model, images = EnergyBased().eval(), cube.float()
+    before = model(images)
+    with pytest.raises(ValueError, match='EnergyBased has energy, log_z of its own'):
+        as_generative(model)
+    assert type(model) is EnergyBased
+    assert torch.equal(model(images), before)
+    wrapped = as_generative(nn.Sequential(model)).eval()
+    wrapped.estimate_log_z([images], progress=False)
+    assert torch.equal(wrapped.energy(images, 1), model.energy(images)[:, 1])
+
+
 def test_fold_needs_an_image_size():
     model = as_generative(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))).eval()
     model.set_log_z(torch.zeros(3))

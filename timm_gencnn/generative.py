@@ -345,7 +345,8 @@ def as_generative(model: nn.Module) -> GenerativeMixin:
         The same object; a model that is generative already is returned as it is.
 
     Raises:
-        ValueError: If `model` is not a torch module, or a wrapper or script module whose class cannot be extended.
+        ValueError: If `model` is not a torch module, or a wrapper or script module whose class cannot be extended, or
+            if it has something of its own by the name of what is added.
     """
     if isinstance(model, GenerativeMixin):
         return model
@@ -354,6 +355,12 @@ def as_generative(model: nn.Module) -> GenerativeMixin:
     if isinstance(model, torch._dynamo.OptimizedModule | torch.jit.ScriptModule):
         raise ValueError(f'{type(model).__name__} is compiled: call as_generative on the plain model, then compile it')
     base: Any = type(model)
+    hidden = [name for name in _ADDED if hasattr(model, name)]
+    if hidden:
+        raise ValueError(
+            f'{base.__name__} has {", ".join(hidden)} of its own, which the generative class would hide: rename it, or '
+            'give as_generative the wrapper nn.Sequential(model)'
+        )
     model.__class__ = _generative_class(base)
     assert isinstance(model, GenerativeMixin)
     model.register_buffer('log_z', None, persistent=False)
@@ -369,6 +376,14 @@ def head_biases(model: nn.Module) -> list[Tensor | None]:
     heads = heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,)
     layers = [[m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)] for head in heads]
     return [linear[-1].bias if linear else None for linear in layers]
+
+
+# All that `as_generative` adds; timm sets `_model_args` itself.
+_ADDED = sorted(
+    {name for name in vars(GenerativeMixin) if not hasattr(nn.Module, name) and not name.startswith('__')}
+    - {'_model_args'}
+    | {'log_z', '_before_fold', '_image_shape'}
+)
 
 
 @functools.cache
