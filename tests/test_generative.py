@@ -427,6 +427,18 @@ def test_what_is_not_a_classifier_is_refused():
     with pytest.raises(ValueError, match='no images'):
         as_generative(lenet()).estimate_log_z([], progress=False)
 
+def test_batch_norm_without_running_statistics_is_refused(cube):
+    """It mixes the images of a batch in eval mode too."""
+    for tracked in False, True:
+        norm = nn.BatchNorm1d(8, track_running_stats=tracked)
+        model = as_generative(nn.Sequential(nn.Flatten(), norm, nn.Linear(8, 3))).eval()
+        if tracked:
+            assert model.score(cube.float()).shape == (256, 3)
+            continue
+        with pytest.raises(ValueError, match='without running statistics'):
+            model.score(cube.float())
+
+
 
 class EnergyBased(nn.Module):
     """A network that is written as an energy, with a normaliser of its own."""

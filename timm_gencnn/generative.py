@@ -65,8 +65,8 @@ class GenerativeMixin(nn.Module):
             float32 scores (float64 of a float64 model): [n] if y is given, else [n, num_classes].
 
         Raises:
-            ValueError: If the model is in train mode or has no classifier, refuses the images or gives NaN, or if y is
-                not a class.
+            ValueError: If the model is in train mode, mixes the images of a batch or has no classifier, refuses the
+                images or gives NaN, or if y is not a class.
         """
         return _take_class(self._logits(x), y)
 
@@ -258,6 +258,11 @@ class GenerativeMixin(nn.Module):
         if self.training or any(_is_random_or_coupled(module) for module in self.modules()):
             raise ValueError(f'{name} is in train mode, where it is not one function of an image: call .eval() first')
         if getattr(self, 'num_classes', None) == 0:
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in self.modules()):
+            raise ValueError(
+                f'{name} has a batch norm without running statistics, where the score of an image depends on the rest '
+                'of its batch: make it with track_running_stats=True'
+            )
             raise ValueError(f'{name} has no classifier (num_classes=0), hence no scores: create it with num_classes')
         try:
             logits = self(x)
