@@ -396,6 +396,28 @@ def test_bad_log_z_is_refused(log_z):
         as_generative(lenet()).set_log_z(log_z)
 
 
+def test_log_z_of_another_head_is_refused(cube, linear):
+    """One log Z was taken for that of every class, and several failed in torch."""
+    model, log_z = linear
+    for known in log_z[:2], log_z[:1]:
+        model.set_log_z(known)
+        for method in model.log_ratio, model.posterior, model.energy:
+            with pytest.raises(ValueError, match=rf'log Z of {len(known)} classes is known, but .* gives 3 logits'):
+                method(cube)
+    model.set_log_z(log_z)
+    assert model.log_ratio(cube).shape == (256, 3)
+
+
+def test_log_z_is_a_copy(linear):
+    model, _ = linear
+    mine = torch.zeros(3, requires_grad=True)
+    model.set_log_z(mine)
+    assert not model.log_z.requires_grad
+    with torch.no_grad():
+        mine += 1
+    assert model.log_z.tolist() == [0, 0, 0]
+
+
 def test_nan_logits_are_refused(cube, linear):
     model, _ = linear
     with pytest.raises(ValueError, match='NaN'):
@@ -403,6 +425,18 @@ def test_nan_logits_are_refused(cube, linear):
     with pytest.raises(ValueError, match='NaN'):
         model.estimate_log_z([cube, cube * float('nan')], progress=False)
     assert model.log_z is None
+
+
+def test_batch_norm_without_running_statistics_is_refused(cube):
+    """It mixes the images of a batch in eval mode too."""
+    for tracked in False, True:
+        norm = nn.BatchNorm1d(8, track_running_stats=tracked)
+        model = as_generative(nn.Sequential(nn.Flatten(), norm, nn.Linear(8, 3))).eval()
+        if tracked:
+            assert model.score(cube.float()).shape == (256, 3)
+            continue
+        with pytest.raises(ValueError, match='without running statistics'):
+            model.score(cube.float())
 
 
 def test_images_the_model_refuses():
@@ -426,18 +460,6 @@ def test_what_is_not_a_classifier_is_refused():
         as_generative(nn.Identity()).eval().score(torch.zeros(1, 1, 28, 28))
     with pytest.raises(ValueError, match='no images'):
         as_generative(lenet()).estimate_log_z([], progress=False)
-
-def test_batch_norm_without_running_statistics_is_refused(cube):
-    """It mixes the images of a batch in eval mode too."""
-    for tracked in False, True:
-        norm = nn.BatchNorm1d(8, track_running_stats=tracked)
-        model = as_generative(nn.Sequential(nn.Flatten(), norm, nn.Linear(8, 3))).eval()
-        if tracked:
-            assert model.score(cube.float()).shape == (256, 3)
-            continue
-        with pytest.raises(ValueError, match='without running statistics'):
-            model.score(cube.float())
-
 
 
 class EnergyBased(nn.Module):

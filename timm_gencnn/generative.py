@@ -174,12 +174,13 @@ class GenerativeMixin(nn.Module):
         if log_z is None:
             self.log_z = None
             return
-        values = torch.as_tensor(log_z, dtype=torch.float32)
+        values = torch.as_tensor(log_z, dtype=torch.float32).detach().clone()
         classes = getattr(self, 'num_classes', values.numel())
         if values.shape != (classes,) or not values.isfinite().all():
             raise ValueError(
                 f'log_z of shape {tuple(values.shape)} with {int((~values.isfinite()).sum())} non-finite values: '
-                f'{type(self).__name__} needs one finite number for each of its {classes} classes'
+                f'{type(self).__name__} needs one finite number for each of its {classes} classes (num_classes, to be '
+                'set along with a head that is put in by hand)'
             )
         self.log_z = values.to(next(self.parameters()).device)
 
@@ -257,12 +258,12 @@ class GenerativeMixin(nn.Module):
         name = type(self).__name__
         if self.training or any(_is_random_or_coupled(module) for module in self.modules()):
             raise ValueError(f'{name} is in train mode, where it is not one function of an image: call .eval() first')
-        if getattr(self, 'num_classes', None) == 0:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in self.modules()):
             raise ValueError(
                 f'{name} has a batch norm without running statistics, where the score of an image depends on the rest '
                 'of its batch: make it with track_running_stats=True'
             )
+        if getattr(self, 'num_classes', None) == 0:
             raise ValueError(f'{name} has no classifier (num_classes=0), hence no scores: create it with num_classes')
         try:
             logits = self(x)
@@ -278,8 +279,13 @@ class GenerativeMixin(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _log_ratios(self, x: Tensor) -> Tensor:
-        logits = self._logits(x)
-        return logits - self._known_log_z().to(logits)
+        logits, log_z = self._logits(x), self._known_log_z()
+        if log_z.shape != logits.shape[1:]:
+            raise ValueError(
+                f'log Z of {len(log_z)} classes is known, but {type(self).__name__} gives {logits.shape[1]} logits: '
+                'call estimate_log_z(loader) again for the new head'
+            )
+        return logits - log_z.to(logits)
 
     def _known_log_z(self) -> Tensor:
         if self.log_z is None:
