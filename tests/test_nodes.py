@@ -435,7 +435,8 @@ def test_wrapped_logits(wrap):
         (lambda t: {'features': t}, r"keys \['features'\], not class logits"),
         (lambda t: [t, t], 'a list, not class logits'),
         (lambda t: 'text', 'a str, not class logits'),
-        (lambda t: t.sum(1), 'cannot be read'),
+        (lambda t: t.sum(1), 'one number for each image, .* give a callable as the node, such as the model itself'),
+        (lambda t: t.sum(), 'no batch on the first axis'),
         (lambda t: t * float('nan'), 'is not finite'),
         (lambda t: t.detach(), 'no gradient'),
     ],
@@ -462,6 +463,11 @@ def test_rectified_and_softmax_classes_are_read_before_the_activation():
     torch.testing.assert_close(resolve(soft, 2, size=SIZE, in_chans=3)(images()), soft[:2](images())[:, 2])
     plain = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6)).eval()
     assert resolve(plain, 2, size=SIZE).layers == [['']]
+def test_one_number_for_each_image_is_a_callable():
+    model = Wrapped(lambda t: t.sum(1)).eval()
+    torch.testing.assert_close(resolve(model, model, size=SIZE)(images()), model(images()))
+
+
 
 
 def test_no_classifier():

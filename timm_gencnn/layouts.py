@@ -229,6 +229,11 @@ def find_layout(result: Probe, tap: Tap, axis: int | None = None) -> Layout:
     """
     tensor = result.read(tap)
     shape = tuple(tensor.shape)
+    if shape == (PROBES,):
+        raise ValueError(
+            'it is one number for each image, without an axis of channels: give a callable as the node, such as the '
+            'model itself'
+        )
     if len(shape) < 2 or shape[0] % PROBES or not shape[0]:
         raise ValueError(f'its output {list(shape)} for {PROBES} images has no batch on the first axis')
     if axis is not None and not 1 <= axis < len(shape):
