@@ -310,6 +310,22 @@ def test_canonical_names(resnet, node, name):
     assert resolve(resnet, node, size=(64, 64)).names == [name]
 
 
+def test_class_names_with_colons():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).eval()
+    model.pretrained_cfg = {'input_size': (3, 16, 16), 'label_names': ['car: red', 'size:2', '1:2']}
+    for node, name in (
+        ('Car: red', '0 car: red'),
+        ('size:2', '1 size:2'),
+        ('0.5*size:2 - car: red', '0.5*1 size:2 - 0 car: red'),
+        ('1:2', '1:2'),  # of the layer, which comes first
+    ):
+        assert resolve(model, node).names == [name]
+        assert resolve(model, name).names == [name]
+    with pytest.raises(ValueError, match=r"'car: blue' is no node"):
+        resolve(model, 'car: blue')
+
+
 def test_labels_of_the_model_come_first():
     model = timm.create_model('test_resnet', num_classes=3).eval()
     with pytest.raises(ValueError, match='no class names, give an index from 0 to 2'):
@@ -447,6 +463,11 @@ def test_no_logits(wrap, message):
     assert resolve(Wrapped(wrap).eval(), 'body.0:2', size=SIZE)(images()).shape == (4,)  # a layer still works
 
 
+def test_one_number_for_each_image_is_a_callable():
+    model = Wrapped(lambda t: t.sum(1)).eval()
+    torch.testing.assert_close(resolve(model, model, size=SIZE)(images()), model(images()))
+
+
 def test_class_map_is_averaged():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
     torch.testing.assert_close(resolve(model, 4, size=SIZE)(images()), model(images())[:, 4].mean((1, 2)))
@@ -463,11 +484,6 @@ def test_rectified_and_softmax_classes_are_read_before_the_activation():
     torch.testing.assert_close(resolve(soft, 2, size=SIZE, in_chans=3)(images()), soft[:2](images())[:, 2])
     plain = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6)).eval()
     assert resolve(plain, 2, size=SIZE).layers == [['']]
-def test_one_number_for_each_image_is_a_callable():
-    model = Wrapped(lambda t: t.sum(1)).eval()
-    torch.testing.assert_close(resolve(model, model, size=SIZE)(images()), model(images()))
-
-
 
 
 def test_no_classifier():

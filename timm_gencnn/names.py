@@ -110,13 +110,16 @@ def _parse_string(text: str, names: Names) -> Parsed:
             term = _MINUS.sub('-1*', term, count=1)
         weighted = WEIGHT.fullmatch(term)
         weight = float(weighted['weight']) if weighted else 1.0
-        unit = _parse_unit(weighted['node'] if weighted else term, names.layers)
+        unit = _parse_unit(weighted['node'] if weighted else term, names)
         parsed.append((-weight if sign.strip() == '-' else weight, unit))
     return parsed
 
 
-def _parse_unit(text: str, layers: Sequence[str]) -> Unit:
-    if match := _LAYER.fullmatch(text):
+def _parse_unit(text: str, names: Names) -> Unit:
+    layers, match = names.layers, _LAYER.fullmatch(text)
+    if ':' in text and _spaced(text) in names.classes and not (match and match['layer'].strip() in layers):
+        return Unit(None, text, text=text)
+    if match:
         position = None
         if match['position']:
             if not re.fullmatch(r'\s*\d+\s*(,\s*\d+\s*)*', match['position']):
