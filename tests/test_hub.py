@@ -91,6 +91,17 @@ def test_push_of_a_network_whose_layers_share_weights(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize('classes', [2, 3])
+def test_push_of_class_names_of_ones_own(tmp_path: Path, classes: int) -> None:
+    """They were lost unless num_classes stood beside them; names of another number of classes still are."""
+    model = timm.create_model('test_resnet', num_classes=classes)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': ['ant', 'bee']}
+    folder = timm_gencnn.push_to_hub(model, 'alice/insects', dry_run=tmp_path / 'insects')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert loaded.pretrained_cfg.get('label_names') == (['ant', 'bee'] if classes == 2 else None)
+    assert model.pretrained_cfg['num_classes'] == 1000  # as it was
+
+
 def test_push_of_a_configuration_as_timms_own_object(client: Client, tmp_path: Path) -> None:
     folders = [tmp_path / 'dictionary', tmp_path / 'object']
     for folder in folders:

@@ -66,7 +66,10 @@ def write_model(model: nn.Module, folder: Path, config: dict[str, Any], data_con
     """
     from safetensors.torch import save_file
 
-    with mock.patch.object(model, 'pretrained_cfg', own_config(model)):  # timm reads a dictionary
+    cfg = own_config(model)
+    if len(cfg.get('label_names') or ()) == model.num_classes:
+        cfg = {**cfg, 'num_classes': model.num_classes}  # by it timm tells the names of these classes from older ones
+    with mock.patch.object(model, 'pretrained_cfg', cfg):  # timm reads a dictionary
         save_config_for_hf(model, str(folder / 'config.json'), model_config=config, data_config=data_config)
     state = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={'format': 'pt'})
