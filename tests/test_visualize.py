@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -201,6 +203,24 @@ def test_the_model_is_left_as_it_was(lenet):
     assert all(p.grad is None for p in lenet.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lenet.modules())
     lenet.fc2.bias.requires_grad_(True)
+
+
+def test_threads_that_share_a_model_take_turns(lenet):
+    """The hooks of one ended the passes of another."""
+    nodes = [3, 'conv2:5', 'conv1:2', lambda x: lenet(x)[:, 8]] * 2
+    alone = [quick(lenet, node).images for node in nodes[:4]] * 2
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(len(nodes) + 2) as pool:
+            lists = [pool.submit(timm_gencnn.list_nodes, lenet) for _ in range(2)]
+            together = list(pool.map(lambda node: quick(lenet, node).images, nodes))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert all(infos.result() == timm_gencnn.list_nodes(lenet) for infos in lists)
+    assert all(p.requires_grad for p in lenet.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lenet.modules())
 
 
 def test_parameters_are_frozen_inside_and_thawed_after_an_error(lenet):

@@ -5,11 +5,13 @@ layer's output depends on one single entry of the last per-channel parameter (bi
 that ran before it. That holds for NCHW, NHWC and token layouts alike, and is read off exact zeros of a gradient.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,8 @@ class Probe:
     def filled(self) -> 'Probe':
         """The same pass with 0.1 for every zero gain and bias: branches that start at zero are seen."""
         size = self.images.shape[2], self.images.shape[3]
-        return probe(self.model, self.images.shape[1], size, stop=self.stop, fill=True)
+        with exclusive(self.model):
+            return probe(self.model, self.images.shape[1], size, stop=self.stop, fill=True)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,16 @@ def class_logits(output: Any) -> Tensor:
             f"the model returns {what}, not class logits: name a layer ('layer:channel') or pass a callable"
         )
     return found
+
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """One thread at a time inside: the hooks and parameters that one puts in place would reach another's passes."""
+    with _locks.setdefault(model, threading.RLock()):
+        yield
 
 
 @contextmanager

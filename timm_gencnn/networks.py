@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .layouts import without_checkpointing
+from .layouts import exclusive, without_checkpointing
 from .model_config import own_config
 from .registry import check_checkpoint, check_name
 
@@ -109,17 +109,18 @@ def describe(model: nn.Module) -> str:
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside, which saves a third of the work, and no activation is computed twice.
 
-    All is as it was on the way out.
+    All is as it was on the way out. Other threads that want the model wait.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        with without_checkpointing(model):
-            yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
+    with exclusive(model):
+        trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+        try:
+            for p in trainable:
+                p.requires_grad_(False)
+            with without_checkpointing(model):
+                yield
+        finally:
+            for p in trainable:
+                p.requires_grad_(True)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from .layouts import (
     Probe,
     Tap,
     class_logits,
+    exclusive,
     find_layout,
     is_activation,
     measure_receptive_field,
@@ -76,7 +77,8 @@ class Refused(ValueError):
 
 def _probe(model: nn.Module, in_chans: int, size: tuple[int, int], stop: tuple[str, int] | None = None) -> Probe:
     try:
-        return probe(model, in_chans, size, stop=stop)
+        with exclusive(model):
+            return probe(model, in_chans, size, stop=stop)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a foreign forward raises on an image that it cannot take

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layouts import Layout, Probe, StopForward, Tap, class_logits, grad, single_tensor, weighted_scores
+from .layouts import (
+    Layout,
+    Probe,
+    StopForward,
+    Tap,
+    class_logits,
+    exclusive,
+    grad,
+    single_tensor,
+    weighted_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -184,16 +194,17 @@ class ScoreFunction:
             if tap.layer:
                 taps[tap.layer, tap.input][tap.call] = tap
         handles = []
-        try:
-            for place, wanted in taps.items():
-                layer, before = place
-                module = self.model.get_submodule(layer)
-                register = module.register_forward_pre_hook if before else module.register_forward_hook
-                handles.append(register(hook(place, wanted)))
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+        with exclusive(self.model):
+            try:
+                for place, wanted in taps.items():
+                    layer, before = place
+                    module = self.model.get_submodule(layer)
+                    register = module.register_forward_pre_hook if before else module.register_forward_hook
+                    handles.append(register(hook(place, wanted)))
+                yield seen
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def __repr__(self) -> str:
         return f'ScoreFunction({self.names}, size={self.size}, in_chans={self.in_chans})'

@@ -59,7 +59,8 @@ def visualize(
 
     Args:
         model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
-            images [N, C, H, W].
+            images [N, C, H, W]. Calls for one model in several threads take turns; it must not run in another thread
+            meanwhile.
         node: A class by index or name, `'layer:channel'`, `'layer:channel@row,col'`, a weighted sum, a callable, or a
             list of these (see `timm_gencnn.nodes`).
         n: Images per node, at least 1; each is a chain of its own.
