@@ -546,6 +546,21 @@ def test_modules_that_cannot_be_probed(zoo, change, message):
         resolve(change(zoo), 'conv:3', size=SIZE)
 
 
+@pytest.mark.parametrize('in_place', [False, True])
+def test_layers_of_compiled_models(in_place):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 2)).eval()
+    if in_place:
+        model = copy.deepcopy(plain)
+        model.compile(backend='eager')
+    else:
+        model = torch.compile(plain, backend='eager')
+    torch.testing.assert_close(resolve(model, 1, size=SIZE)(images()), plain(images())[:, 1])
+    with pytest.raises(ValueError, match=r'a compiled model does not tell .* model\._orig_mod .* copy\.deepcopy'):
+        resolve(model, '0:1' if in_place else '_orig_mod.0:1', size=SIZE)(images())
+    remedy = copy.deepcopy(model) if in_place else model._orig_mod
+    torch.testing.assert_close(resolve(remedy, '0:1', size=SIZE)(images()), plain[0](images())[:, 1].mean((1, 2)))
+
+
 def test_refused_sizes(zoo):
     with pytest.raises(ValueError, match=r'refuses 20 x 20 images of 3 channel.*: give size=.* or state') as caught:
         resolve(zoo, 3, size=(20, 20))

@@ -157,7 +157,14 @@ class ScoreFunction:
             if (root := Tap('')) in self._reads:
                 read(root, class_logits(output))
         if waiting:
-            raise ValueError(f'this forward pass did not reach all of {[tap.layer for tap in self._reads]}')
+            layers = [tap.layer for tap in self._reads]
+            optimized = torch._dynamo.OptimizedModule
+            if any(isinstance(m, optimized) or m._compiled_call_impl for m in self.model.modules()):
+                raise ValueError(
+                    f'a compiled model does not tell what {layers} give: give the plain module, model._orig_mod of '
+                    'torch.compile(model), or copy.deepcopy(model) after model.compile()'
+                )
+            raise ValueError(f'this forward pass did not reach all of {layers}')
 
     def _read(self, tap: Tap, tensor: Tensor, parts: list[list[Tensor]], n: int) -> None:
         """Adds what the nodes read at `tap` to their groups' parts, n images each."""
