@@ -199,6 +199,14 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    'cfg', [{'mean': 0.5, 'std': 0.2}, {'mean': [0.5, 0.4], 'std': [0.2]}, {'mean': [0.5], 'std': []}]
+)
+def test_misstated_normalisations_are_refused(cfg):
+    with pytest.raises(ValueError, match=r'pretrained_cfg has mean .* and std .*: give one number for each of 2'):
+        natural_for(cfg, 2, (8, 8))
+
+
 @pytest.mark.parametrize('shape', [(3, 8, 8), (3, 7, 9), (1, 6, 5)])
 def test_the_gradient_of_the_field_is_that_of_its_definition(shape):
     """The filter's own backward pass against differences, and against autograd through the transforms."""

@@ -283,8 +283,22 @@ def natural_for(
         channels: Image channels.
         size: Image height and width in pixels.
         device: Where the latents will be.
+
+    Raises:
+        ValueError: `mean` and `std` are no lists of numbers, or not of one length.
     """
-    mean = cfg.get('mean') or IMAGENET_DEFAULT_MEAN
-    std = cfg.get('std') or IMAGENET_DEFAULT_STD
+    mean, std = (
+        default if cfg.get(key) is None else cfg[key]
+        for key, default in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD))
+    )
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    except TypeError:
+        mean = std = ()
+    if not mean or len(mean) != len(std):
+        raise ValueError(
+            f'pretrained_cfg has mean {cfg.get("mean")!r} and std {cfg.get("std")!r}: give one number for each of '
+            f'{channels} channels, as a list'
+        )
     normalize = per_channel(mean, channels), per_channel(std, channels)
     return Natural((channels, *size), *pixel_statistics(mean, std, channels), normalize=normalize, device=device)
