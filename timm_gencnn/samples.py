@@ -70,8 +70,8 @@ class Samples:
     """Images drawn for one or more nodes.
 
     Attributes:
-        images: Pixels [N, 3, H, W] in [0, 1], float32, on the CPU; one-channel models are shown in grey. The n images
-            of a node are contiguous.
+        images: Pixels [N, 3, H, W] in [0, 1], float32, on the CPU; one-channel models are shown in grey, two channels
+            by the first, more than three by the first three. The n images of a node are contiguous.
         nodes: Canonical name of each node.
         settings: What determines the pixels: model, nodes, n, steps, reference, temperature, tilt, size, seed, regime
             and versions.
