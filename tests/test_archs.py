@@ -17,7 +17,7 @@ NAMES = ['lenet', 'alexnet', 'zfnet', 'alexnet_small']
 
 @pytest.mark.parametrize(
     ('name', 'parameters'),
-    [('lenet', 431_080), ('alexnet', 60_965_224), ('zfnet', 62_357_608), ('alexnet_small', 1_553_284)],
+    [('lenet', 431_080), ('alexnet', 60_965_224), ('zfnet', 62_357_608), ('alexnet_small', 765_636)],
 )
 def test_parameter_count_is_that_of_the_literature(name, parameters):
     model = timm.create_model(name, device='meta')
@@ -30,7 +30,7 @@ def test_parameter_count_is_that_of_the_literature(name, parameters):
         ('lenet', [20, 50, 50], [24, 8, 4]),  # examples/mnist/lenet_train_test.prototxt
         ('alexnet', [96, 256, 384, 384, 256, 256], [55, 27, 13, 13, 13, 6]),  # Krizhevsky et al., Figure 2
         ('zfnet', [96, 256, 384, 384, 256, 256], [110, 26, 13, 13, 13, 6]),  # Zeiler and Fergus, Figure 3
-        ('alexnet_small', [48, 128, 192, 192, 128, 128], [32, 16, 8, 8, 8, 4]),  # its own
+        ('alexnet_small', [48, 128, 160, 160, 128, 128], [32, 16, 8, 8, 8, 4]),  # its own
     ],
 )
 def test_maps_are_those_of_the_literature(name, channels, sides):
@@ -157,7 +157,7 @@ def test_small_alexnet_has_its_groups_norms_and_weights():
     torch.manual_seed(0)
     model = AlexNetSmall()
     assert [m.groups for m in model.modules() if isinstance(m, nn.Conv2d)] == [1, 2, 1, 2, 2]
-    assert [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [48, 128, 192, 192, 128]
+    assert [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [48, 128, 160, 160, 128]
     for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
         gain = 1 if layer is model.fc8 else 2
         assert layer.weight.var().item() == pytest.approx(gain / layer.weight[0].numel(), rel=0.1)
@@ -180,7 +180,6 @@ def test_compiles_without_graph_breaks(name):
 @pytest.mark.parametrize(
     ('name', 'widths', 'stride', 'parameters'),
     [
-        ('resnet8_w64', (32, 64, 192, 192), 1, 1_165_866),
         ('resnet11_w64', (32, 64, 192, 192), 1, 1_867_178),
         ('resnet10_w16', (16, 32, 64, 128), 1, 308_826),
         ('resnet10_w32', (32, 64, 128, 256), 1, 1_228_970),
@@ -209,17 +208,29 @@ def test_small_resnets(name, widths, stride, parameters):
 
 
 def test_the_pooling_resnet_takes_what_its_siblings_take():
-    model = timm.create_model('resnet8_w64', act_layer='relu', drop_path_rate=0.3)
-    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 7
+    model = timm.create_model('resnet11_w64', act_layer='relu', drop_path_rate=0.3)
+    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 10
     assert [stage[0].drop_path.drop_prob for stage in model.stages[1:]] == pytest.approx([0.15, 0.3])
 
 
-@pytest.mark.parametrize(('name', 'depth'), [('resnet8_w64', 1), ('resnet11_w64', 2)])
-def test_a_pooling_block_is_its_formula(name, depth):
+def test_mirrored_logits_are_the_mean_over_mirror_images():
     torch.manual_seed(0)
-    block = timm.create_model(name).eval().stages[1][0]
+    plain, mirrored = (timm.create_model('resnet11_w64', mirror=mirror).eval() for mirror in (False, True))
+    mirrored.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(mirrored(x), (plain(x) + plain(x.flip(3))) / 2)
+    torch.testing.assert_close(mirrored(x), mirrored(x.flip(3)))
+    assert not torch.allclose(plain(x), plain(x.flip(3)), atol=1e-3)  # control
+    assert torch.equal(mirrored.train()(x), plain.train()(x))  # training flips its images itself
+    assert timm.create_model('resnet11_w64').mirror
+    assert not timm.create_model('resnet10_w16').mirror
+
+
+def test_a_pooling_block_is_its_formula():
+    torch.manual_seed(0)
+    block = timm.create_model('resnet11_w64').eval().stages[1][0]
     layers = [m for m in block.residual.modules() if isinstance(m, ConvNormAct)]
-    assert len(layers) == depth
+    assert len(layers) == 2
     for norm in (block.norm_act, *(layer.bn for layer in layers)):
         norm.running_mean.normal_()
         norm.weight.data.uniform_(-1, 1)  # a negative factor tells pooling before the norm from pooling after it

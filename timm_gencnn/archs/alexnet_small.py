@@ -28,7 +28,7 @@ class AlexNetSmall(ConvNet):
     """A small AlexNet with batch normalisation.
 
     Args:
-        num_classes: Number of classes; 0 leaves the 384 features of `fc7` as the output.
+        num_classes: Number of classes; 0 leaves the 128 features of `fc7` as the output.
         in_chans: Number of image channels.
         img_size: Image side, or (height, width), in pixels; at least 15. `fc6` is sized for it.
         global_pool: Accepted for timm's sake; `fc6` reads the whole map, so only '' is valid.
@@ -49,9 +49,9 @@ class AlexNetSmall(ConvNet):
         convs = [
             nn.Conv2d(in_chans, 48, 5, stride=2, padding=2, **dd),
             nn.Conv2d(48, 128, 5, padding=2, groups=2, **dd),
-            nn.Conv2d(128, 192, 3, padding=1, **dd),
-            nn.Conv2d(192, 192, 3, padding=1, groups=2, **dd),
-            nn.Conv2d(192, 128, 3, padding=1, groups=2, **dd),
+            nn.Conv2d(128, 160, 3, padding=1, **dd),
+            nn.Conv2d(160, 160, 3, padding=1, groups=2, **dd),
+            nn.Conv2d(160, 128, 3, padding=1, groups=2, **dd),
         ]
         features: dict[str, nn.Module] = {}
         for i, conv in enumerate(convs, 1):
@@ -61,7 +61,7 @@ class AlexNetSmall(ConvNet):
         super().__init__(
             features,
             taps=('relu1', 'relu2', 'relu3', 'relu4', 'relu5', 'pool5'),
-            hidden=(384, 384),
+            hidden=(128, 128),
             first_fc=6,
             num_classes=num_classes,
             in_chans=in_chans,
@@ -95,6 +95,6 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def alexnet_small(pretrained: bool = False, **kwargs: Any) -> AlexNetSmall:
-    """A small AlexNet with batch normalisation for images of 64 pixels: 1.6 million parameters for 100 classes."""
+    """A small AlexNet with batch normalisation for images of 64 pixels: 0.8 million parameters for 100 classes."""
     out = (0, 1, 2, 3, 4)
     return build_model_with_cfg(AlexNetSmall, 'alexnet_small', pretrained, feature_cfg={'out_indices': out}, **kwargs)
