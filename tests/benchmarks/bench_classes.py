@@ -9,7 +9,7 @@ r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges t
         --mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 --phase DG --epochs 5 --seed 7 \
         --dataset hfds/FOLDER/cifar10 --experiment judge_cifar
     python tests/benchmarks/bench_classes.py --data FOLDER --n 5 \
-        --model gencnn_resnet10_w16.gg_dg_cifar10 gencnn_resnet8_w64.gg_dg_cifar10 \
+        --model gencnn_resnet10_w16.gg_dg_cifar10 gencnn_resnet11_w64.gg_dg_cifar10 \
         --judges output/train/judge_cifar/last.pth.tar
 
     gencnn train -c alexnet_in100 --dataset hfds/FOLDER/tiny_imagenet_100 --seed 0 --experiment alexnet

@@ -1,8 +1,8 @@
 """ResNets for small images: a 3x3 convolution, then stages of one block each.
 
 At 32x32 pixels (CIFAR) the first convolution keeps the resolution; with a stride of 2 (`_s2`) 64x64 cost the same.
-`resnet10` has four stages, the first at full resolution. `resnet8` leaves that one out and pools where the others
-stride: more work at high resolution, in layers that a CPU runs fast. `resnet11` is one convolution a stage deeper.
+`resnet10` has four stages, the first at full resolution. `resnet11` leaves that one out and pools where the others
+stride: more work at high resolution, in layers that a CPU runs fast.
 
 Papers:
 * `Deep Residual Learning for Image Recognition`, He et al., section 4.2 - https://arxiv.org/abs/1512.03385
@@ -24,7 +24,7 @@ __all__ = ['SmallImageResNet']
 
 
 class PoolingBlock(nn.Module):
-    """A convolution, max pooling instead of a stride, and residual convolutions.
+    """A convolution, max pooling instead of a stride, and two residual convolutions.
 
     Args:
         in_chs: Input channels.
@@ -33,7 +33,6 @@ class PoolingBlock(nn.Module):
         dilation: Of the first convolution, and of the residual ones.
         layers: ByobNet's makers of layers.
         drop_path_rate: Rate at which a sample skips the residual convolutions in training.
-        depth: Number of residual convolutions.
         device: Where the weights are made.
         dtype: Their type.
         kwargs: What ByobNet tells other blocks.
@@ -47,7 +46,6 @@ class PoolingBlock(nn.Module):
         dilation: tuple[int, int],
         layers: LayerFn,
         drop_path_rate: float = 0.0,
-        depth: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -57,8 +55,8 @@ class PoolingBlock(nn.Module):
         self.conv = create_conv2d(in_chs, out_chs, 3, dilation=dilation[0], **dd)
         self.pool = nn.MaxPool2d(stride)
         self.norm_act = layers.norm_act(out_chs, **dd)
-        convs = [layers.conv_norm_act(out_chs, out_chs, 3, dilation=dilation[1], **dd) for _ in range(depth)]
-        self.residual = nn.Sequential(*convs) if depth > 1 else convs[0]
+        convs = [layers.conv_norm_act(out_chs, out_chs, 3, dilation=dilation[1], **dd) for _ in range(2)]
+        self.residual = nn.Sequential(*convs)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,15 +72,28 @@ class SmallImageResNet(ByobNet):
         cfg: What ByobNet is to build, with a stem of one convolution.
         stem_stride: Stride of that convolution, 1 or 2.
         output_stride: Largest reduction; later strides become dilations.
+        mirror: Whether the logits of eval mode are the mean over an image and its mirror image, so that the density of
+            a class is as symmetric as photographs are; this takes twice the time. Training flips its images anyway,
+            and sees one of the two at a time.
         kwargs: Further arguments of ByobNet.
     """
 
-    def __init__(self, cfg: ByoModelCfg, stem_stride: int, output_stride: int = 16, **kwargs: Any) -> None:
+    def __init__(
+        self, cfg: ByoModelCfg, stem_stride: int, output_stride: int = 16, mirror: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(cfg, output_stride=min(32, output_stride * 2 // stem_stride), **kwargs)
+        self.mirror = mirror
         stem: Any = self.stem
         stem.conv.stride = (stem_stride, stem_stride)
         for info in self.feature_info:
             info['reduction'] = info['reduction'] * stem_stride // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [n, C, H, W] to logits [n, num_classes]."""
+        logits = self.forward_head(self.forward_features(x))
+        if not self.mirror or self.training:
+            return logits
+        return (logits + self.forward_head(self.forward_features(x.flip(-1)))) / 2
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -106,7 +117,6 @@ default_cfgs = generate_default_cfgs(
     {
         'resnet10_w16': _cfg(),
         'resnet10_w32': _cfg(),
-        'resnet8_w64': _cfg(),
         'resnet11_w64': _cfg(),
         'resnet10_w16_s2': _cfg(**_S2),
         'resnet10_w32_s2': _cfg(**_S2),
@@ -167,18 +177,8 @@ def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet
     return _resnet10('resnet10_w32_s2', pretrained, 32, 2, **kwargs)
 
 
-def _pooled(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> SmallImageResNet:
-    widths, strides, block = (64, 192, 192), (2, 2, 2), partial(PoolingBlock, depth=depth)
-    return _resnet(variant, pretrained, widths, strides, 1, block, **{'act_layer': 'gelu', **kwargs})
-
-
-@register_model
-def resnet8_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
-    """Eight layers, 32 to 192 channels, for images of 32 pixels: 1.2 million parameters."""
-    return _pooled('resnet8_w64', pretrained, 1, **kwargs)
-
-
 @register_model
 def resnet11_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
-    """Eleven layers, 32 to 192 channels, for images of 32 pixels: 1.9 million parameters."""
-    return _pooled('resnet11_w64', pretrained, 2, **kwargs)
+    """Eleven layers, 32 to 192 channels, and the mirror image, for images of 32 pixels: 1.9 million parameters."""
+    own = {'block': partial(PoolingBlock), 'act_layer': 'gelu', 'mirror': True, **kwargs}
+    return _resnet('resnet11_w64', pretrained, (64, 192, 192), (2, 2, 2), 1, **own)
