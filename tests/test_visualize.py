@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 import timm_gencnn
 from timm_gencnn import blocks, diagnostics, hmc
+from timm_gencnn.layouts import Tap, exclusive, probe
 from timm_gencnn.networks import frozen
 from timm_gencnn.reference import Natural, White
 from timm_gencnn.samples import Samples, read_metadata, verdict
@@ -221,6 +224,31 @@ def test_threads_that_share_a_model_take_turns(lenet):
     assert all(infos.result() == timm_gencnn.list_nodes(lenet) for infos in lists)
     assert all(p.requires_grad for p in lenet.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lenet.modules())
+
+
+def test_threads_do_not_wait_for_each_other_for_ever(lenet):
+    """One has the model and wants a second probe of it; another asked for its own second probe before."""
+    held, asked = threading.Event(), threading.Event()
+    one, other = probe(lenet, 1, (28, 28)), probe(lenet, 1, (28, 28))
+
+    def hold():
+        with exclusive(lenet):
+            held.set()
+            asked.wait()
+            time.sleep(0.1)
+            one.filled.read(Tap(''))
+
+    def ask():
+        held.wait()
+        asked.set()
+        other.filled.read(Tap(''))
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (hold, ask)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_parameters_are_frozen_inside_and_thawed_after_an_error(lenet):

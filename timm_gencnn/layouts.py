@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,6 +56,7 @@ class Probe:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     params: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
+    _filled: 'Probe | None' = field(default=None, init=False, repr=False)
 
     def read(self, tap: Tap) -> Tensor:
         """The tensor at `tap`; its first axis is the batch."""
@@ -66,12 +66,14 @@ class Probe:
             raise ValueError(f'it returns a {type(call.output).__name__}, not one tensor: name a layer inside it')
         return tensor
 
-    @cached_property
+    @property
     def filled(self) -> 'Probe':
         """The same pass with 0.1 for every zero gain and bias: branches that start at zero are seen."""
-        size = self.images.shape[2], self.images.shape[3]
-        with exclusive(self.model):
-            return probe(self.model, self.images.shape[1], size, stop=self.stop, fill=True)
+        if self._filled is None:  # no cached_property: until Python 3.12 its lock is one for all, and would cross ours
+            size = self.images.shape[2], self.images.shape[3]
+            with exclusive(self.model):
+                self._filled = probe(self.model, self.images.shape[1], size, stop=self.stop, fill=True)
+        return self._filled
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ are (window, ...). Knows nothing of sampling.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -229,19 +228,22 @@ class _Resolver:
     def __init__(self, model: nn.Module, result: Probe):
         self.model, self.result = model, result
         self.layouts: dict[tuple[Tap, int | None], Layout] = {}
+        self._classes: tuple[Tap, Layout, DatasetInfo | None] | None = None
 
     def layout(self, tap: Tap, axis: int | None = None) -> Layout:
         if (tap, axis) not in self.layouts:
             self.layouts[tap, axis] = layout_of(self.result, tap, axis)
         return self.layouts[tap, axis]
 
-    @cached_property
+    @property
     def classes(self) -> tuple[Tap, Layout, DatasetInfo | None]:
-        if getattr(self.model, 'num_classes', None) == 0:
-            raise ValueError("the model has no classifier (num_classes=0): name a layer, 'layer:channel'")
-        tap = _class_tap(self.result)
-        layout = self.layout(tap)
-        return tap, layout, labels_for(self.model, layout.channels)
+        if self._classes is None:
+            if getattr(self.model, 'num_classes', None) == 0:
+                raise ValueError("the model has no classifier (num_classes=0): name a layer, 'layer:channel'")
+            tap = _class_tap(self.result)
+            layout = self.layout(tap)
+            self._classes = tap, layout, labels_for(self.model, layout.channels)
+        return self._classes
 
     def term(self, weight: float, unit: Unit) -> tuple[Term, str, str]:
         """The term, its canonical name and its note."""

@@ -61,8 +61,8 @@ def visualize(
         model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
             images [N, C, H, W]. Its `pretrained_cfg` (`input_size`, `mean`, `std`, `label_names`) says what its images
             are; without one, which a wrapper of a timm model lacks too, they have 224 pixels, or `size`, and are
-            normalised as ImageNet's are. Calls for one model in several threads take turns; it must not run in another
-            thread meanwhile.
+            normalised as ImageNet's are. Calls for one model in several threads take turns, but not with calls for a
+            wrapper or a part of it; it must not run in another thread meanwhile.
         node: A class by index or name, `'layer:channel'`, `'layer:channel@row,col'`, a weighted sum, a callable, or a
             list of these (see `timm_gencnn.nodes`).
         n: Images per node, at least 1; each is a chain of its own.
