@@ -387,7 +387,7 @@ def test_a_class_without_images_and_batches_of_one_class_train(images, tmp_path)
         ['--switch-ess', '7.9', '--bce-loss', '--clip-mode', 'agc', '--clip-grad', '0.1'],
         ['--val-split', '', '--phase', 'DG', '--recovery-interval', '2', '--model-kwargs', 'drop_rate=0.1'],
         ['--torchcompile', 'eager', '--phase', 'GG'],
-        ['--opt', 'adahessian', '--lr', '1e-3'],
+        ['--opt', 'adahessian', '--lr', '1e-3', '--gen-epochs', '1'],
         ['--loss', 'bce', '--loss-pos-weight', '2', '--loss-class-weight', '1,2,1', '--smoothing', '0'],
         ['--loss', 'asl', '--asl-gamma-neg', '2', '--dataset', 'torch/image_folder', '--in-chans', '3'],
     ],

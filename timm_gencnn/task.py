@@ -232,7 +232,9 @@ class GenerativeTask(ClassificationTask):
                         bias += self.intercepts(ema).to(bias)
                     if self.optimizer is not None:
                         optimizer = getattr(self.optimizer, '_base_optimizer', self.optimizer)  # timm's Lookahead
-                        optimizer.state.pop(bias, None)
+                        known = optimizer.state.pop(bias, {})
+                        if 'hessian step' in known:  # Adahessian writes it in its constructor alone
+                            optimizer.state[bias]['hessian step'] = known['hessian step']
         self.generative = False
         self.switch_step = self.steps
         self.queue = None
