@@ -221,6 +221,10 @@ def test_mirrored_logits_are_the_mean_over_mirror_images():
     torch.testing.assert_close(mirrored(x), (plain(x) + plain(x.flip(3))) / 2)
     torch.testing.assert_close(mirrored(x), mirrored(x.flip(3)))
     assert not torch.allclose(plain(x), plain(x.flip(3)), atol=1e-3)  # control
+    mirrored.reset_classifier(0, '')
+    assert torch.equal(mirrored(x), mirrored.forward_features(x))  # a map is that of the image as it stands
+    mirrored.reset_classifier(10, 'avg')
+    mirrored.load_state_dict(plain.state_dict())
     assert torch.equal(mirrored.train()(x), plain.train()(x))  # training flips its images itself
     assert timm.create_model('resnet11_w64').mirror
     assert not timm.create_model('resnet10_w16').mirror

@@ -65,3 +65,9 @@ def test_error_is_the_stated_one(name, test_images):
     assert measured['nll'] == pytest.approx(stated['test_nll'], rel=0.01)
     disturbed = validate(model, noisy(images, 0.2, model.pretrained_cfg['std']))  # a check of the check
     assert abs(100 - disturbed['top1'] - stated['test_error']) > 0.05
+
+
+def test_log_z_is_that_of_the_mirrored_logits():
+    name = 'gencnn_resnet11_w64.gg_dg_cifar10'
+    assert timm.create_model(name, pretrained=True).log_z is not None
+    assert timm.create_model(name, pretrained=True, mirror=False).log_z is None

@@ -130,6 +130,16 @@ def _register_tag(name: str) -> None:
         register_model(entrypoint)
 
 
+_SAME_FUNCTION = {
+    'pretrained_cfg',
+    'pretrained_cfg_overlay',
+    'pretrained_model_args',
+    'cache_dir',
+    'drop_rate',
+    'drop_path_rate',
+}
+
+
 def _entrypoint(arch: str) -> Callable[..., nn.Module]:
     base = model_entrypoint(arch)
     name = PREFIX + arch
@@ -161,8 +171,10 @@ def _entrypoint(arch: str) -> Callable[..., nn.Module]:
             return model
         model.pretrained_cfg['architecture'] = name
         model = as_generative(model)
-        # a saved log Z belongs to the saved weights: it goes with them, and with the classifier that timm replaces
+        # a saved log Z belongs to the saved weights: it goes with them, with the classifier that timm replaces, and
+        # with whatever else makes another function of them
         kept = pretrained and all(getattr(model, k) == saved[k] for k in ('num_classes', 'in_chans') if k in saved)
+        kept = kept and kwargs.keys() <= saved.keys() | _SAME_FUNCTION
         if log_z is not None and (kept or log_z != saved.get('log_z')):
             model.set_log_z(log_z)
         return model

@@ -89,9 +89,9 @@ class SmallImageResNet(ByobNet):
             info['reduction'] = info['reduction'] * stem_stride // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, C, H, W] to logits [n, num_classes]."""
+        """Map images [n, C, H, W] to logits [n, num_classes]; to feature maps without a classifier and pooling."""
         logits = self.forward_head(self.forward_features(x))
-        if not self.mirror or self.training:
+        if not self.mirror or self.training or logits.ndim != 2:
             return logits
         return (logits + self.forward_head(self.forward_features(x.flip(-1)))) / 2
 
@@ -180,5 +180,10 @@ def resnet10_w32_s2(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet
 @register_model
 def resnet11_w64(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Eleven layers, 32 to 192 channels, and the mirror image, for images of 32 pixels: 1.9 million parameters."""
-    own = {'block': partial(PoolingBlock), 'act_layer': 'gelu', 'mirror': True, **kwargs}
+    own = {
+        'block': partial(PoolingBlock),  # ByobNet takes a registered name or a partial
+        'act_layer': 'gelu',
+        'mirror': True,
+        **kwargs,
+    }
     return _resnet('resnet11_w64', pretrained, (64, 192, 192), (2, 2, 2), 1, **own)
