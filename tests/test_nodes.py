@@ -313,11 +313,11 @@ def test_canonical_names(resnet, node, name):
 def test_class_names_with_colons():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).eval()
-    model.pretrained_cfg = {'input_size': (3, 16, 16), 'label_names': ['car: red', 'size:2', '1:2']}
+    model.pretrained_cfg = {'input_size': (3, 16, 16), 'label_names': ['car: red', 'a + b:2', '1:2']}
     for node, name in (
         ('Car: red', '0 car: red'),
-        ('size:2', '1 size:2'),
-        ('0.5*size:2 - car: red', '0.5*1 size:2 - 0 car: red'),
+        ('a + b:2', '1 a + b:2'),
+        ('0.5*a + b:2 - car: red', '0.5*1 a + b:2 - 0 car: red'),
         ('1:2', '1:2'),  # of the layer, which comes first
     ):
         assert resolve(model, node).names == [name]

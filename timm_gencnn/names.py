@@ -64,7 +64,7 @@ class Names:
         weighted = WEIGHT.fullmatch(text)
         text = weighted['node'] if weighted else text
         unit = _LAYER.fullmatch(text)
-        return unit['layer'].strip() in self.layers if unit else _spaced(text) in self.classes
+        return bool(unit and unit['layer'].strip() in self.layers) or _spaced(text) in self.classes
 
 
 def _spaced(text: str) -> str:

@@ -293,7 +293,7 @@ def natural_for(
     )
     try:
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    except TypeError:
+    except (TypeError, ValueError):
         mean = std = ()
     if not mean or len(mean) != len(std):
         raise ValueError(

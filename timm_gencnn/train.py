@@ -69,7 +69,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     try:
         return utils.init_distributed_device(args)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f'cannot start on --device {args.device}: {error}') from error
+        raise ValueError(f'cannot start on --device {args.device}, or with its other ranks: {error}') from error
 
 
 def use_fast_kernels(device: torch.device) -> None:
