@@ -13,6 +13,7 @@ from timm_gencnn import layouts, node_lists, nodes
 from timm_gencnn.cli import main as cli
 from timm_gencnn.node_lists import NodeInfo, expand, list_nodes
 from timm_gencnn.nodes import receptive_field, resolve
+from timm_gencnn.scores import ScoreFunction
 
 SHARED = Path(__file__).parents[2] / 'shared'
 SIZE = (16, 16)
@@ -120,6 +121,11 @@ def capture(model: nn.Module, layer: str, x: Tensor, *, before: bool = False, ca
     return seen[call]
 
 
+def layers_of(score: ScoreFunction) -> list[set[str]]:
+    """The layers that each node reads; '' is the model's output."""
+    return [{term.tap.layer for term in node.terms} for node in score.nodes]
+
+
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -161,7 +167,7 @@ def test_activations_are_read_before_they_act_even_in_place(zoo):
     for layer, select in (('relu', lambda t: t[:, 3].mean((1, 2))), ('mlp.1', lambda t: t[..., 3].mean((1, 2)))):
         score = resolve(zoo, f'{layer}:3', size=SIZE)
         torch.testing.assert_close(score(x), select(capture(zoo, layer, x, before=True)), rtol=1e-5, atol=1e-6)
-        assert score.notes == ['read before the activation']
+        assert score.nodes[0].note == 'read before the activation'
     # The convolution's own output is what the ReLU overwrites.
     torch.testing.assert_close(resolve(zoo, 'conv:3', size=SIZE)(x), resolve(zoo, 'relu:3', size=SIZE)(x))
     assert resolve(zoo, 'conv:3', size=SIZE)(x).lt(0).any()
@@ -218,7 +224,7 @@ def test_weighted_sums(zoo):
     a, b = resolve(zoo, 3, size=SIZE)(x), resolve(zoo, 'conv:2', size=SIZE)(x)
     for node in ({3: 1.0, 'conv:2': -0.5}, '3 - 0.5*conv:2', '-0.5 * conv:2 + 3', {'3 - 0.5*conv:2': 1}):
         score = resolve(zoo, node, size=SIZE)
-        assert score.kinds == ['sum']
+        assert score.nodes[0].kind == 'sum'
         torch.testing.assert_close(score(x), a - 0.5 * b)
     torch.testing.assert_close(resolve(zoo, '-2e-1*3', size=SIZE)(x), -0.2 * a)
     torch.testing.assert_close(resolve(zoo, '-conv:2', size=SIZE)(x), -b)
@@ -272,8 +278,8 @@ def test_names_with_signs():
 def test_kinds_and_layers(zoo):
     score = resolve(zoo, [1, 'conv:2', lambda x: x.mean((1, 2, 3)), '1 - 0.5*2', '1 + conv:2'], size=SIZE)
     assert score.names == ['1', 'conv:2', '<lambda>', '1 - 0.5*2', '1 + conv:2']
-    assert score.kinds == ['class', 'layer', 'callable', 'class', 'sum']
-    assert score.layers == [[''], ['conv'], [], [''], ['', 'conv']]
+    assert [node.kind for node in score.nodes] == ['class', 'layer', 'callable', 'class', 'sum']
+    assert layers_of(score) == [{''}, {'conv'}, set(), {''}, {'', 'conv'}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +408,7 @@ def test_a_layer_in_place_of_its_name(zoo):
     with pytest.raises(ValueError, match=r"the layer 'mlp\.0' itself is no node: .* such as 'mlp\.0:0'"):
         resolve(zoo, [3, zoo.mlp[0]], size=SIZE)
     judge = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 1), nn.Flatten(0)).eval()
-    assert resolve(zoo, judge, size=SIZE).kinds == ['callable']  # a module of one's own
+    assert resolve(zoo, judge, size=SIZE).nodes[0].kind == 'callable'  # a module of one's own
 
 
 def test_ambiguous_underscores():
@@ -478,12 +484,12 @@ def test_rectified_and_softmax_classes_are_read_before_the_activation():
     pooled = nn.Sequential(body, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     score = resolve(pooled, 2, size=SIZE)
     torch.testing.assert_close(score(images()), body(images())[:, 2].mean((1, 2)))
-    assert score.layers == [['1']]
-    assert score.notes == ["class logit read before the activation '1'"]
+    assert layers_of(score) == [{'1'}]
+    assert score.nodes[0].note == "class logit read before the activation '1'"
     soft = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5), nn.Softmax(1)).eval()
     torch.testing.assert_close(resolve(soft, 2, size=SIZE, in_chans=3)(images()), soft[:2](images())[:, 2])
     plain = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6)).eval()
-    assert resolve(plain, 2, size=SIZE).layers == [['']]
+    assert layers_of(resolve(plain, 2, size=SIZE)) == [{''}]
 
 
 def test_no_classifier():
@@ -724,7 +730,7 @@ def test_layers_at_a_size_that_the_whole_model_refuses(gain):
     for node in ('0:3', '0.1:3', '0.1.act:3', '0.2:3@1,1'):
         own, given = resolve(model, node), resolve(model, node, size=(9, 9))
         assert own.names == given.names == [node]
-        assert own.notes == given.notes
+        assert own.nodes[0].note == given.nodes[0].note
         torch.testing.assert_close(given(x), own(x))
         assert given(x).any() == bool(gain)
     with pytest.raises(ValueError, match=r'channel 8 is out of range, .* 0 to 7'):  # of 7 x 7 positions
@@ -914,7 +920,7 @@ def check_model(name: str) -> None:
     means = channel_means(capture(model, layer, x[1:]), found)
     channel = int(means.abs().argmax())  # a channel that is alive
     score = resolve(model, [1, f'{layer}:{channel}'], size=size)
-    assert score.layers == [[''], [layer]]
+    assert layers_of(score) == [{''}, {layer}]
     value = score(x)
     assert value.shape == (2,)
     assert value.isfinite().all()
@@ -975,7 +981,7 @@ def test_shared_networks(arch, size, monkeypatch):
     x = images(8, 3, (size, size)).requires_grad_()
     (slope,) = torch.autograd.grad(score(x).sum(), x)
     assert slope.flatten(1).any(1).all()  # no chain is dead
-    assert bool(score.notes[0]) == (arch == 'squeezenet')
+    assert bool(score.nodes[0].note) == (arch == 'squeezenet')
 
 
 @pytest.mark.gpu

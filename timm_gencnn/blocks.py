@@ -7,17 +7,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import chains, hmc
-from .names import Node
 from .networks import channels_last
-from .nodes import resolve
 from .presets import Preset
 from .reference import Reference
 from .samples import to_rgb
@@ -36,8 +34,6 @@ def chunk(reference: Reference) -> int:
 class Run:
     """All chains of one call, in blocks of images that fit into memory."""
 
-    model: nn.Module
-    nodes: list[Node]
     score: ScoreFunction
     reference: Reference
     views: list[Views] | None  # of each node; None in the exact regime
@@ -59,7 +55,7 @@ class Run:
 
     def blocks(self) -> list[tuple[list[int], range]]:
         """(nodes, chains of each node) such that their product fits into a batch."""
-        count = len(self.nodes)
+        count = len(self.score.nodes)
         groups = [list(range(i, min(i + self.batch, count))) for i in range(0, count, self.batch)]
         blocks = []
         for group in groups:
@@ -92,7 +88,7 @@ class Run:
                 if self.batch == 1:
                     sides = ' x '.join(map(str, self.score.size))
                     raise ValueError(f'out of memory with one {sides} image at a time: give a smaller size') from e
-                self.batch = max(1, min(self.batch, len(self.nodes) * self.n) // 2)
+                self.batch = max(1, min(self.batch, len(self.score.nodes) * self.n) // 2)
                 if self.device.type == 'cuda':
                     torch.cuda.empty_cache()
             warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=4)
@@ -100,9 +96,8 @@ class Run:
     @contextmanager
     def scoring(self, group: list[int]) -> Iterator[ScoreFunction]:
         """The scores of a group of nodes, with the network made fast inside."""
-        whole = len(group) == len(self.nodes)
-        score = self.score if whole else resolve(self.model, [self.nodes[k] for k in group], size=self.score.size)
-        layout = channels_last(self.model) if self.channels_last else nullcontext()
+        score = replace(self.score, nodes=[self.score.nodes[k] for k in group])
+        layout = channels_last(score.model) if self.channels_last else nullcontext()
         with layout, score.compiled() if self.compile else nullcontext():
             yield score
 
@@ -132,7 +127,7 @@ class Run:
         try:
             state = chains.start(score, self.reference.shape, streams, origin=origin)
         except chains.StartError as e:
-            names = dict.fromkeys(repr(node_score.names[i // len(some)]) for i in e.chains)
+            names = dict.fromkeys(repr(node_score.nodes[i // len(some)].name) for i in e.chains)
             raise ValueError(f'{", ".join(names)}: {e}') from None
         budget: dict[str, Any] = {'steps': self.steps, 'report': report}
         rough = self.rough(node_score) if self.dtype else None

@@ -39,6 +39,13 @@ class Unit:
     axis: int | None = None
     text: str = ''
 
+    @property
+    def name(self) -> str:
+        """Canonical name of a unit of a layer."""
+        call, axis = f'#{self.call}' if self.call else '', f'axis{self.axis}=' if self.axis else ''
+        place = '' if self.position is None else f'@{",".join(map(str, self.position))}'
+        return f'{self.layer}{call}:{axis}{self.channel}{place}'
+
 
 Parsed = list[tuple[float, 'Unit | Callable[[Tensor], Tensor]']]
 
@@ -196,3 +203,12 @@ def class_name(index: int, labels: DatasetInfo | None) -> str:
     """Canonical name of a class: '1 goldfish', or its index alone."""
     name = _lemmas(labels, index)[0] if labels is not None and labels.has_label(index) else str(index)
     return name if name == str(index) else f'{index} {name}'
+
+
+def sum_name(members: Sequence[tuple[float, str]]) -> str:
+    """Canonical name of a weighted sum of members that have names: '3 - 0.5*conv:2'."""
+    (weight, name), *rest = members
+    text = name if weight == 1 else f'{weight!r}*{name}'
+    for weight, name in rest:
+        text += f' {"-" if weight < 0 else "+"} ' + ('' if abs(weight) == 1 else f'{abs(weight)!r}*') + name
+    return text

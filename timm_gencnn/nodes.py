@@ -38,8 +38,8 @@ from .layouts import (
     probe,
 )
 from .model_config import labels_for, own_channels, own_size
-from .names import Names, Node, Parsed, Unit, class_name, find_class, find_layer, parse
-from .scores import ScoreFunction, Term, check
+from .names import Names, Node, Parsed, Unit, class_name, find_class, find_layer, parse, sum_name
+from .scores import NodeScore, ScoreFunction, Term, check
 
 
 def _check_size(size: Any) -> tuple[int, int]:
@@ -245,13 +245,27 @@ class _Resolver:
             self._classes = tap, layout, labels_for(self.model, layout.channels)
         return self._classes
 
-    def term(self, weight: float, unit: Unit) -> tuple[Term, str, str]:
-        """The term, its canonical name and its note."""
-        if unit.layer is None:
-            tap, layout, labels = self.classes
-            index = find_class(unit, layout.channels, labels)
-            note = f'class logit read before the activation {tap.layer!r}' if tap.layer else ''
-            return Term(tap, layout, index, weight=weight), class_name(index, labels), note
+    def node(self, members: Parsed) -> NodeScore:
+        """The score of a parsed node."""
+        terms, calls, labels = [], [], []
+        for weight, member in members:
+            if isinstance(member, Unit):
+                term, name = self.unit(weight, member) if member.layer else self.logit(weight, member)
+                terms.append(term)
+            else:
+                calls.append((weight, member))
+                name = getattr(member, '__name__', type(member).__name__)
+            labels.append((weight, name))
+        return NodeScore(sum_name(labels), terms, calls)
+
+    def logit(self, weight: float, unit: Unit) -> tuple[Term, str]:
+        """A class logit and its canonical name."""
+        tap, layout, labels = self.classes
+        index = find_class(unit, layout.channels, labels)
+        return Term(tap, layout, index, None, weight, of_class=True), class_name(index, labels)
+
+    def unit(self, weight: float, unit: Unit) -> tuple[Term, str]:
+        """A unit of a layer and its canonical name."""
         tap = preactivation(self.result, call_of(self.result, unit))
         layout = self.layout(tap, unit.axis)
         assert isinstance(unit.channel, int)
@@ -266,10 +280,7 @@ class _Resolver:
                     f'{unit.text!r}: position {",".join(map(str, unit.position))} is out of range, '
                     f'{unit.layer!r} has positions {" x ".join(map(str, layout.positions)) or "none"} ({layout})'
                 )
-        name = unit.layer + (f'#{unit.call}' if unit.call else '') + ':' + (f'axis{unit.axis}=' if unit.axis else '')
-        name += str(unit.channel) + (f'@{",".join(map(str, unit.position))}' if unit.position is not None else '')
-        note = 'read before the activation' if tap.input else ''
-        return Term(tap, layout, unit.channel, unit.position, weight), name, note
+        return Term(tap, layout, unit.channel, unit.position, weight), unit.name
 
 
 @torch.inference_mode(False)  # axes are measured by gradients, also under torch.no_grad()
@@ -311,46 +322,12 @@ def resolve(
     own = result.images.shape[2], result.images.shape[3]
 
     resolver = _Resolver(model, result)
-    terms: list[list[Term]] = []
-    calls: list[list[tuple[float, Callable[[Tensor], Tensor]]]] = []
-    names, kinds, notes = [], [], []
-    for members in parsed:
-        terms.append([])
-        calls.append([])
-        labels, node_notes = [], []
-        for weight, member in members:
-            if isinstance(member, Unit):
-                term, name, note = resolver.term(weight, member)
-                terms[-1].append(term)
-                node_notes.append(note)
-            else:
-                calls[-1].append((weight, member))
-                name = getattr(member, '__name__', type(member).__name__)
-            labels.append((weight, name))
-        names.append(_sum_name(labels))
-        kinds.append(_kind([member for _, member in members]))
-        notes.append('; '.join(dict.fromkeys(note for note in node_notes if note)))
-
-    chans, dtype = result.images.shape[1], result.images.dtype
-    function = ScoreFunction(model, terms, calls, names, kinds, notes, own, chans, dtype)
+    scored = [resolver.node(members) for members in parsed]
+    function = ScoreFunction(model, scored, own, result.images.shape[1], result.images.dtype)
     check(function, result)
-    if size is None and not any(calls):
-        function.size = _early_size(result, [term for group in terms for term in group]) or own
+    if size is None and not any(node.calls for node in scored):
+        function.size = _early_size(result, [term for node in scored for term in node.terms]) or own
     return function
-
-
-def _kind(members: list[Unit | Callable[[Tensor], Tensor]]) -> str:
-    kinds = {'callable' if not isinstance(m, Unit) else 'class' if m.layer is None else 'layer' for m in members}
-    return kinds.pop() if len(members) == 1 or kinds == {'class'} else 'sum'
-
-
-def _sum_name(labels: list[tuple[float, str]]) -> str:
-    parts = []
-    for position, (weight, name) in enumerate(labels):
-        sign = '' if position == 0 and weight >= 0 else '-' if weight < 0 else '+'
-        size = '' if abs(weight) == 1 and not (sign == '-' and position == 0) else f'{abs(weight)!r}*'
-        parts.append((f'{sign}{size}' if position == 0 else f' {sign} {size}') + name)
-    return ''.join(parts)
 
 
 def _early_size(result: Probe, terms: list[Term]) -> tuple[int, int] | None:

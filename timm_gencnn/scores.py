@@ -4,7 +4,7 @@ Knows where in a network the nodes are, and nothing of their names' grammar or o
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,13 @@ class Term:
     channel: int
     position: tuple[int, ...] | None = None
     weight: float = 1.0
+    of_class: bool = False
+
+    @property
+    def note(self) -> str:
+        """What a user should know about the score, or ''."""
+        early = 'read before the activation'
+        return '' if not self.tap.input else f'class logit {early} {self.tap.layer!r}' if self.of_class else early
 
     def read(self, tensor: Tensor) -> Tensor:
         """Scores [n] of a tensor [n, ...] whose windows, if any, are already an axis of their own."""
@@ -47,6 +54,36 @@ class Term:
         return values if self.weight == 1 else self.weight * values
 
 
+@dataclass(frozen=True)
+class NodeScore:
+    """The score of one node: a sum of units of the network and of functions of the user's.
+
+    Attributes:
+        name: Canonical name; `resolve` takes it back.
+        terms: The units, with their weights.
+        calls: The functions, images [n, C, H, W] -> [n], after their weights.
+    """
+
+    name: str
+    terms: list[Term]
+    calls: list[tuple[float, Callable[[Tensor], Tensor]]]
+
+    @property
+    def kind(self) -> str:
+        """'class' (or a sum of classes), 'layer', 'callable' or 'sum' (of anything else)."""
+        if self.terms and not self.calls and all(term.of_class for term in self.terms):
+            return 'class'
+        if len(self.terms) + len(self.calls) > 1:
+            return 'sum'
+        return 'layer' if self.terms else 'callable'
+
+    @property
+    def note(self) -> str:
+        """Those of the terms."""
+        return '; '.join(dict.fromkeys(term.note for term in self.terms if term.note))
+
+
+@dataclass(repr=False)
 class ScoreFunction:
     """Scores of one or more nodes, images [N, C, H, W] (normalised for the model) -> float32 [N].
 
@@ -54,36 +91,28 @@ class ScoreFunction:
     that ends at the last layer needed. Nothing is left on the model between calls and nothing waits for the device.
 
     Attributes:
-        names: Canonical name of each node; `resolve` takes it back.
-        kinds: 'class' (or a sum of classes), 'layer', 'callable' or 'sum' (of anything else), for each node.
-        layers: Dotted names of the layers that each node reads ('' is the model's output).
-        notes: What a user should know about each node's score, or ''.
         size: Default image height and width in pixels.
         in_chans: Image channels.
         dtype: Of the model, which images of another one are cast to.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        terms: Sequence[Sequence[Term]],
-        calls: Sequence[Sequence[tuple[float, Callable[[Tensor], Tensor]]]],
-        names: list[str],
-        kinds: list[str],
-        notes: list[str],
-        size: tuple[int, int],
-        in_chans: int,
-        dtype: torch.dtype,
-    ):
-        self.model, self.names, self.kinds, self.notes = model, names, kinds, notes
-        self.size, self.in_chans, self.dtype = size, in_chans, dtype
-        self.layers = [sorted({term.tap.layer for term in group}) for group in terms]
-        self._calls = calls
+    model: nn.Module
+    nodes: list[NodeScore]
+    size: tuple[int, int]
+    in_chans: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
         self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         self._reads: dict[Tap, list[tuple[int, Term]]] = defaultdict(list)
-        for group, members in enumerate(terms):
-            for term in members:
+        for group, node in enumerate(self.nodes):
+            for term in node.terms:
                 self._reads[term.tap].append((group, term))
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical name of each node."""
+        return [node.name for node in self.nodes]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Scores [N] of images [N, C, H, W].
@@ -91,7 +120,7 @@ class ScoreFunction:
         Raises:
             ValueError: `images` is not a batch that the nodes divide evenly, or too small for a node's position.
         """
-        groups = len(self.names)
+        groups = len(self.nodes)
         if images.ndim != 4 or images.shape[1] != self.in_chans or not len(images) or len(images) % groups:
             raise ValueError(
                 f'images of shape {list(images.shape)} given: {groups} node(s) take [N, {self.in_chans}, H, W] '
@@ -99,12 +128,13 @@ class ScoreFunction:
             )
         n = len(images) // groups
         images = images.to(self.dtype)
-        parts: list[list[Tensor]] = [[] for _ in range(groups)]
+        parts: list[list[Tensor]] = [[] for _ in self.nodes]
         if self._reads:
-            own = images.clone() if any(self._calls) else images  # the model may normalise in place
+            called = any(node.calls for node in self.nodes)
+            own = images.clone() if called else images  # the model may normalise in place
             self._forward(own, lambda tap, tensor: self._read(tap, tensor, parts, n))
-        for group, calls in enumerate(self._calls):
-            parts[group] += [weight * call(images[group * n : (group + 1) * n]).float() for weight, call in calls]
+        for node, members, group in zip(self.nodes, parts, images.split(n), strict=True):
+            members += [weight * call(group).float() for weight, call in node.calls]
         scores = [members[0] if len(members) == 1 else torch.stack(members).sum(0) for members in parts]
         return scores[0] if groups == 1 else torch.cat(scores)
 
@@ -168,7 +198,7 @@ class ScoreFunction:
 
     def _read(self, tap: Tap, tensor: Tensor, parts: list[list[Tensor]], n: int) -> None:
         """Adds what the nodes read at `tap` to their groups' parts, n images each."""
-        count = n * len(self.names)
+        count = n * len(self.nodes)
         if self._reads[tap][0][1].layout.windows:
             tensor = tensor.unflatten(0, (count, -1))
         if len(tensor) != count:
@@ -176,7 +206,7 @@ class ScoreFunction:
         for group, term in self._reads[tap]:
             part = tensor[group * n : (group + 1) * n]
             if term.position is not None:
-                _check_position(self.names[group], term, part)
+                _check_position(self.nodes[group].name, term, part)
             parts[group].append(term.read(part))
 
     @contextmanager
@@ -213,9 +243,6 @@ class ScoreFunction:
                 for handle in handles:
                     handle.remove()
 
-    def __repr__(self) -> str:
-        return f'ScoreFunction({self.names}, size={self.size}, in_chans={self.in_chans})'
-
 
 def _check_position(name: str, term: Term, tensor: Tensor) -> None:
     free = [size for axis, size in enumerate(tensor.shape) if axis not in (0, term.layout.axis)]
@@ -240,20 +267,16 @@ def check(function: ScoreFunction, result: Probe) -> None:
 def _check_values(function: ScoreFunction, result: Probe) -> None:
     """Runs each distinct place once: finite, differentiable, and image 0's score not moved by image 1."""
     checked: set[Any] = set()
-    reads = [
-        [term for taps in function._reads.values() for g, term in taps if g == group]
-        for group in range(len(function.names))
-    ]
-    for name, members, calls in zip(function.names, reads, function._calls, strict=True):
-        for term in members:
+    for node in function.nodes:
+        name = node.name
+        for term in node.terms:
             tensor = result.read(term.tap)
             tensor = tensor.unflatten(0, (len(result.images), -1)) if term.layout.windows else tensor
-            score = term.read(tensor)
-            _check_finite(name, score)
+            _check_finite(name, term.read(tensor))
             if (term.tap, term.layout) not in checked:
                 checked.add((term.tap, term.layout))
                 _check_independent(name, weighted_scores(tensor), result.images)
-        for _, call in calls:
+        for _, call in node.calls:
             images = result.images.detach().requires_grad_()
             with torch.enable_grad():
                 score = call(images)
@@ -277,7 +300,7 @@ def _check_repeatable(function: ScoreFunction, images: Tensor) -> None:
     for tap, tensor in first.items():
         rounding = torch.finfo(tensor.dtype).eps ** 0.5 * tensor.abs().max()
         if (tensor - second[tap]).abs().max() > rounding:
-            name = function.names[function._reads[tap][0][0]]
+            name = function.nodes[function._reads[tap][0][0]].name
             raise ValueError(
                 f'the score of {name!r} differs between two passes on the same images: the network draws random '
                 'numbers in eval mode, such as dropout with training=True, and has no density: switch them off'

@@ -53,7 +53,7 @@ def views_of(kind: str, channels: int) -> Views:
     takes smaller moves towards a weaker answer, which leaves its colours soft.
 
     Args:
-        kind: As in `ScoreFunction.kinds`.
+        kind: As of `NodeScore`.
         channels: Image channels.
     """
     return PHOTOGRAPHS if kind == 'class' and channels == 3 else PLAIN

@@ -107,11 +107,11 @@ def visualize(
             reference = White((score.in_chans, *score.size), paper.normalised_sigma(own_config(net)))
         q = make_reference(reference, net, score.in_chans, score.size, where)
         if steps is None:
-            steps = paper.gradients(set(score.kinds) == {'class'}) if paper else STEPS
-        views = [views_of(kind, score.in_chans) for kind in score.kinds] if regime == 'gallery' else None
+            steps = paper.gradients(all(node.kind == 'class' for node in score.nodes)) if paper else STEPS
+        views = [views_of(node.kind, score.in_chans) for node in score.nodes] if regime == 'gallery' else None
         weights = weights_digest(net)
         run = Run(
-            net, nodes, score, q, views, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
+            score, q, views, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
             progress,
         )  # fmt: skip
         images, trace, per_image, gradients, film = run.run()
@@ -125,7 +125,7 @@ def visualize(
         diagnosed['r_hat'] = diagnosed['ess'] = math.nan
     diagnosed['gradients'] = gradients
     diagnosed['seconds'] = round(time.perf_counter() - began, 3)
-    notes = [note for note in score.notes if note]
+    notes = [node.note for node in score.nodes if node.note]
     if stuck := _stuck(per_image['divergences'], len(trace)):
         warnings.warn(stuck, stacklevel=3)
         notes.append(stuck)
