@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from timm_gencnn import chains, hmc, layouts
 from timm_gencnn.nodes import resolve
 from timm_gencnn.samples import Samples, to_rgb
+from timm_gencnn.sampling import Sampling
 from timm_gencnn.views import Views
-from timm_gencnn.visualize import make_reference, visualize
+from timm_gencnn.visualize import visualize
 
 # Untrained networks whose score changes its mind within one move of a chain (`check_rough`): the gradient is right
 # (`check_uphill`), but there is nowhere to rise to. Of all others at least one node does.
@@ -39,7 +40,7 @@ DEFAULT = ('test_resnet', 'test_vit')  # the others are minutes on a busy machin
 def noise(model: nn.Module, size: tuple[int, int], n: int) -> Tensor:
     """Images of the reference, as the model takes them [n, C, H, W]."""
     chans = resolve(model, 1, size=size).in_chans
-    reference = make_reference('natural', model, chans, size, torch.device('cpu'))
+    reference = Sampling().make_reference(model, chans, size, torch.device('cpu'))
     return reference(torch.randn(n, chans, *size, generator=torch.Generator().manual_seed(1)))
 
 
@@ -66,7 +67,7 @@ def alive_node(model: nn.Module, size: tuple[int, int]) -> str:
 def untouched(model: nn.Module, node: Any, size: tuple[int, int], n: int, exact: bool) -> tuple[Tensor, Tensor]:
     """What the same seed gives where no score pulls: images [n, 3, H, W] in [0, 1], and as the model takes them."""
     score = resolve(model, node, size=size)
-    reference = make_reference('natural', model, score.in_chans, size, torch.device('cpu'))
+    reference = Sampling().make_reference(model, score.in_chans, size, torch.device('cpu'))
     streams = hmc.Streams(0, range(n))
     z, p = streams.normal(reference.shape), streams.normal(reference.shape)
     none = hmc.State(z, p, torch.zeros(n), torch.zeros_like(z))
@@ -118,7 +119,7 @@ def check_uphill(model: nn.Module, node: Any, size: tuple[int, int], spread: Ten
 def check_rough(model: nn.Module, node: Any, size: tuple[int, int]) -> None:
     """A move of a gallery chain's own size along the gradient gains less than a tenth of what the gradient promises."""
     score = resolve(model, node, size=size)
-    reference = make_reference('natural', model, score.in_chans, size, torch.device('cpu'))
+    reference = Sampling().make_reference(model, score.in_chans, size, torch.device('cpu'))
     z = torch.randn(4, *reference.shape, generator=torch.Generator().manual_seed(2))
     f = lambda z: score(reference(z))  # noqa: E731
     _, grad = hmc.score_and_grad(f, z)

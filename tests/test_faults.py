@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from timm_gencnn.node_lists import list_nodes
 from timm_gencnn.nodes import receptive_field
 from timm_gencnn.reference import White, squashed_normal
 from timm_gencnn.samples import Samples, write_atomically
+from timm_gencnn.sampling import LARGEST
 from timm_gencnn.visualize import visualize
-
-room = sys.modules['timm_gencnn.visualize']
 
 
 class Net(nn.Module):
@@ -340,7 +338,7 @@ def test_numbers_beyond_float32_are_refused(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize('name', ['tilt', 'temperature'])
-@pytest.mark.parametrize('value', [room.LARGEST, 1 / room.LARGEST])
+@pytest.mark.parametrize('value', [LARGEST, 1 / LARGEST])
 def test_extreme_numbers_that_are_allowed_give_images_or_a_warning(name: str, value: float) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

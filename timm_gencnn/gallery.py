@@ -15,7 +15,6 @@ import argparse
 import base64
 import hashlib
 import html
-import inspect
 import io
 import json
 import math
@@ -34,13 +33,14 @@ from timm.models import is_model
 from torch import nn
 
 from .chains import Schedule
-from .networks import default_device, describe, load_model, weights_digest
+from .networks import default_device, describe, load_model, move, weights_digest
 from .node_lists import expand
 from .nodes import Refused, resolve
 from .samples import read_metadata, write_atomically
+from .sampling import Sampling, plain
 from .scores import ScoreFunction
 from .views import PHOTOGRAPHS, PLAIN
-from .visualize import add_sampling_arguments, make_reference, plain, sampling_arguments, settle, sides, visualize
+from .visualize import add_sampling_arguments, sampling_arguments, visualize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,6 +62,7 @@ def gallery(
     *,
     n: int = IMAGES,
     overwrite: bool = False,
+    device: str | torch.device | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Path:
@@ -78,8 +79,9 @@ def gallery(
         out: Folder for `index.html` and `images/`, made if it does not exist.
         n: Images per node.
         overwrite: Whether to draw nodes again that `out` has with other settings or weights, instead of refusing.
+        device: Where to run, with the model moved there; None is where the model is.
         progress: Whether to show a progress bar over nodes.
-        **settings: Keywords of `visualize`: steps, reference, temperature, tilt, size, seed, device, dtype.
+        **settings: Further keywords of `visualize`: steps, reference, temperature, tilt, size, seed, dtype, ...
 
     Returns:
         The page.
@@ -89,7 +91,7 @@ def gallery(
             node could be drawn.
         OSError: `out` cannot be written. What was finished is kept.
     """
-    return _gallery(model, nodes, Path(out), overwrite, progress, {'n': n} | settings).page
+    return _gallery(model, nodes, Path(out), overwrite, device, progress, Sampling(n, **settings)).page
 
 
 def _gallery(
@@ -97,30 +99,29 @@ def _gallery(
     nodes: str | int | Iterable[str | int],
     out: Path,
     overwrite: bool,
+    device: str | torch.device | None,
     progress: bool,
-    settings: dict[str, Any],
+    asked: Sampling,
 ) -> _Folder:
     """The folder of `gallery`, with what became of each node."""
     name = model if isinstance(model, str) else describe(model)
     net = load_model(model) if isinstance(model, str) else model
-    bound = inspect.signature(visualize).bind(net, '', progress=False, **settings)
-    bound.apply_defaults()
-    settings = {k: plain(v) for k, v in bound.arguments.items() if k not in ('model', 'node')}
-    size = sides(settings['size'], settings['reference'])
-    wanted = _expand(net, nodes, size)
-    _check_settings(net, wanted, size, settings)
-    room = _Folder(out, name, wanted, _request(net, settings))
-    room.open(overwrite)
-    room.draw(net, settings, progress)
-    failed = room.failed()
+    if device is not None:
+        move(net, device)
+    wanted = _expand(net, nodes, asked.sides())
+    _check_reference(net, wanted, asked)
+    folder = _Folder(out, name, wanted, _request(net, asked))
+    folder.open(overwrite)
+    folder.draw(net, asked, progress)
+    failed = folder.failed()
     if len(failed) == len(wanted):
-        raise ValueError(f'none of {len(wanted)} node(s) could be drawn, see {room.page}; {failed[0]}')
-    return room
+        raise ValueError(f'none of {len(wanted)} node(s) could be drawn, see {folder.page}; {failed[0]}')
+    return folder
 
 
-def _check_settings(net: nn.Module, names: list[str], size: tuple[int, int] | None, settings: dict[str, Any]) -> None:
-    """Refuses, before any node is drawn, what every node would refuse."""
-    _settle(settings)
+def _check_reference(net: nn.Module, names: list[str], asked: Sampling) -> None:
+    """Refuses, before any node is drawn, a size or a reference that every node would refuse."""
+    size = asked.sides()
     try:
         score = resolve(net, lambda images: images.flatten(1).sum(1), size=size)
     except Refused:  # by the model as a whole: one of the layers may take it
@@ -128,7 +129,7 @@ def _check_settings(net: nn.Module, names: list[str], size: tuple[int, int] | No
         if first is None:
             raise
         score = first
-    make_reference(settings['reference'], net, score.in_chans, score.size, torch.device('cpu'))
+    asked.make_reference(net, score.in_chans, score.size)
 
 
 def _first_score(net: nn.Module, names: list[str], size: tuple[int, int] | None) -> ScoreFunction | None:
@@ -137,12 +138,6 @@ def _first_score(net: nn.Module, names: list[str], size: tuple[int, int] | None)
         with suppress(ValueError):
             return resolve(net, name, size=size)
     return None
-
-
-def _settle(settings: dict[str, Any]) -> tuple[float, float | None]:
-    """The temperature and the tilt that the keywords of `visualize` mean."""
-    settled = 'reference', 'temperature', 'tilt', 'dtype', 'preset', 'n', 'steps', 'seed', 'frames'
-    return settle(**{k: settings[k] for k in settled})[1:]
 
 
 def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: tuple[int, int] | None) -> list[str]:
@@ -159,17 +154,17 @@ def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: tuple[
     return list(names)
 
 
-def _request(net: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+def _request(net: nn.Module, asked: Sampling) -> dict[str, Any]:
     """What a finished node must share with the run: all that determines its pixels, but not where they are made."""
-    request = {k: v for k, v in settings.items() if k not in ('device', 'progress', 'frames')}
-    if isinstance(request['size'], int):
-        request['size'] = [request['size']] * 2
-    if not isinstance(request['reference'], str):
-        request['reference'] = request['reference'].settings()
-    if _settle(settings) != (1, 1):  # the gallery regime
+    request = vars(asked) | {'dtype': asked.dtype_name, 'weights': weights_digest(net)}
+    del request['frames']
+    if isinstance(asked.size, int):
+        request['size'] = [asked.size] * 2
+    if not isinstance(asked.reference, str):
+        request['reference'] = asked.reference.settings()
+    if not asked.settled().exact:
         request |= {'views': [PHOTOGRAPHS._asdict(), PLAIN._asdict()], 'schedule': Schedule()._asdict()}
-    request['dtype'] = request['dtype'] and str(request['dtype']).removeprefix('torch.')
-    return json.loads(json.dumps(request | {'weights': weights_digest(net)}))
+    return json.loads(json.dumps(request))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,7 +295,7 @@ class _Folder:
                 partial.unlink(missing_ok=True)
         self.write_page()
 
-    def draw(self, net: nn.Module, settings: dict[str, Any], progress: bool) -> None:
+    def draw(self, net: nn.Module, asked: Sampling, progress: bool) -> None:
         """Draws what is missing. Ctrl-C and a full disk leave a page of what was finished."""
         from tqdm.auto import tqdm
 
@@ -311,7 +306,7 @@ class _Folder:
                 with tqdm(missing, total=len(self.wanted), initial=done, unit='node', disable=not progress) as bar:
                     for node in bar:
                         bar.set_postfix_str(node)
-                        self.entries[node] = self.draw_one(net, node, settings)
+                        self.entries[node] = self.draw_one(net, node, asked)
                         if time.monotonic() - self.written > max(PAGE_INTERVAL, self.took / PAGE_SHARE):
                             self.write_page()
             finally:
@@ -324,12 +319,12 @@ class _Folder:
                 'finished and kept, run the same command again to go on'
             ) from e
 
-    def draw_one(self, net: nn.Module, node: str, settings: dict[str, Any]) -> Entry:
+    def draw_one(self, net: nn.Module, node: str, asked: Sampling) -> Entry:
         """Draws one node and saves it, or says why not."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             try:
-                samples = visualize(net, node, **settings)
+                samples = visualize(net, node, progress=False, **vars(asked))
             except Exception as e:  # whatever a foreign network raises concerns this node only
                 text = str(e).strip() or 'no message'
                 return Entry(node, error=text if isinstance(e, ValueError) else f'{type(e).__name__}: {text}')
@@ -524,9 +519,9 @@ def main(args: argparse.Namespace) -> None:
         ValueError: As `gallery`, or some nodes could not be drawn; the page is written all the same.
     """
     model = load_model(args.model, checkpoint_path=args.checkpoint) if args.checkpoint else args.model
-    settings = {'n': IMAGES, 'device': default_device(args.device)} | sampling_arguments(args)
-    room = _gallery(model, args.nodes, Path(args.out), args.overwrite, True, settings)
-    failed, total = room.failed(), len(room.wanted)
-    print(f'wrote {room.page}: {total - len(failed)} drawn, {len(failed)} failed')
+    asked = Sampling(**{'n': IMAGES} | sampling_arguments(args))
+    folder = _gallery(model, args.nodes, Path(args.out), args.overwrite, default_device(args.device), True, asked)
+    failed, total = folder.failed(), len(folder.wanted)
+    print(f'wrote {folder.page}: {total - len(failed)} drawn, {len(failed)} failed')
     if failed:
-        raise ValueError(f'{len(failed)} of {total} nodes could not be drawn, see {room.page}; {failed[0]}')
+        raise ValueError(f'{len(failed)} of {total} nodes could not be drawn, see {folder.page}; {failed[0]}')

@@ -11,7 +11,7 @@ from .names import Node
 from .networks import frozen, load, without_autocast
 from .nodes import resolve
 from .reference import Reference
-from .visualize import check, make_reference, plain, sides
+from .sampling import Sampling, check_integer, plain
 
 
 @torch.inference_mode(False)
@@ -52,18 +52,18 @@ def log_z(
     """
     from tqdm.auto import tqdm
 
-    n, levels, seed, size = map(plain, (n, levels, seed, size))
-    check(n=n, levels=levels, seed=seed)
+    levels, asked = plain(levels), Sampling(n=n, reference=reference, size=size, seed=seed)
+    check_integer('levels', levels, 2)
     if isinstance(node, (list, tuple, range)):
         raise ValueError(f'log Z is that of one node, got the list {node!r}: call once for each')
     net, _, where = load(model, device)
     with frozen(net), without_autocast(where):
-        score = resolve(net, [node], size=sides(size, reference))
-        q = make_reference(reference, net, score.in_chans, score.size, where)
-        with tqdm(total=n * ais.gradients(levels), unit='grad', disable=not progress, desc='log Z') as bar:
+        score = resolve(net, [node], size=asked.sides())
+        q = asked.make_reference(net, score.in_chans, score.size, where)
+        with tqdm(total=asked.n * ais.gradients(levels), unit='grad', disable=not progress, desc='log Z') as bar:
 
             def f(z: Tensor) -> Tensor:
                 bar.update(len(z))
                 return score(q(z))
 
-            return ais.log_z(f, q.shape, hmc.Streams(seed, range(n), where), levels, batch=chunk(q))
+            return ais.log_z(f, q.shape, hmc.Streams(asked.seed, range(asked.n), where), levels, batch=chunk(q))

@@ -12,22 +12,18 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import chains, diagnostics
 from .blocks import Run
-from .model_config import own_config
 from .names import Node
 from .networks import default_device, frozen, load, load_model, move, weights_digest, without_autocast
 from .nodes import resolve
-from .presets import PRESETS, Preset, find_preset
-from .reference import Reference, White, natural_for
+from .presets import PRESETS
+from .reference import Reference
 from .samples import Samples, check_writable, read_metadata
+from .sampling import Sampling
 from .views import PHOTOGRAPHS, PLAIN, views_of
-
-STEPS = 512
-GALLERY_TEMPERATURE = 0.005  # measured with the schedule of `chains.Schedule`
-LARGEST = 1e30  # tilt and temperature: squares of what they scale must stay in float32's range
 
 
 @torch.inference_mode(False)
@@ -92,154 +88,62 @@ def visualize(
             mode; a score that is not finite; a unit that is dead on the reference; a model that `torch.compile` cannot
             take whole.
     """
-    n, steps, seed, frames = map(plain, (n, steps, seed, frames))
-    temperature, tilt, size = map(plain, (temperature, tilt, size))
-    numbers = {'n': n, 'steps': steps, 'seed': seed, 'frames': frames}
-    paper, temperature, tilt = settle(reference, temperature, tilt, dtype, preset, **numbers)
-    regime = 'exact' if temperature == 1 and tilt == 1 else 'gallery'
+    asked = Sampling(n, steps, reference, temperature, tilt, size, seed, dtype, compile, frames, preset)
+    settled = asked.settled()
     net, name, where = load(model, device)
     nodes: list[Any] = list(node) if isinstance(node, (list, tuple, range)) else [node]
 
     began = time.perf_counter()
     with frozen(net), without_autocast(where):
-        score = resolve(net, nodes, size=sides(size, reference))
-        if paper:
-            reference = White((score.in_chans, *score.size), paper.normalised_sigma(own_config(net)))
-        q = make_reference(reference, net, score.in_chans, score.size, where)
-        if steps is None:
-            steps = paper.gradients(all(node.kind == 'class' for node in score.nodes)) if paper else STEPS
-        views = [views_of(node.kind, score.in_chans) for node in score.nodes] if regime == 'gallery' else None
+        score = resolve(net, nodes, size=asked.sides())
+        q = asked.make_reference(net, score.in_chans, score.size, where)
+        budget = asked.budget(all(node.kind == 'class' for node in score.nodes))
+        views = None if settled.exact else [views_of(node.kind, score.in_chans) for node in score.nodes]
         weights = weights_digest(net)
-        run = Run(
-            score, q, views, n, steps, temperature, tilt, seed, where, dtype, compile, frames, paper,
-            progress,
-        )  # fmt: skip
-        images, trace, per_image, gradients, film = run.run()
-    diagnosed: dict[str, Any] = dict(per_image)
-    if regime == 'exact':
-        by_node = trace.split(n, dim=1)
-        r_hats, sizes = ([fn(t) for t in by_node] for fn in (diagnostics.r_hat, diagnostics.bulk_ess))
-        diagnosed['r_hat'] = torch.tensor(r_hats, dtype=torch.float64, device='cpu').max().item()  # NaN stays NaN
-        diagnosed['ess'] = torch.tensor(sizes, dtype=torch.float64, device='cpu').min().item()
-    else:
-        diagnosed['r_hat'] = diagnosed['ess'] = math.nan
-    diagnosed['gradients'] = gradients
-    diagnosed['seconds'] = round(time.perf_counter() - began, 3)
+        drawn = Run(score, q, views, settled, budget, where, progress).run()
+    per_image: dict[str, Any] = {name: values.tolist() for name, values in drawn.per_image.items()}
+    diagnosed = per_image | _convergence(drawn.scores.split(settled.n, dim=1), settled.exact)
+    diagnosed |= {'gradients': drawn.gradients, 'seconds': round(time.perf_counter() - began, 3)}
     notes = [node.note for node in score.nodes if node.note]
-    if stuck := _stuck(per_image['divergences'], len(trace)):
+    if stuck := _stuck(diagnosed['divergences'], len(drawn.scores)):
         warnings.warn(stuck, stacklevel=3)
         notes.append(stuck)
     settings = {
         'model': name,
         'weights': weights,
         'nodes': [x if isinstance(x, (int, str)) else label for x, label in zip(nodes, score.names, strict=True)],
-        'n': n,
-        'steps': steps,
+        'n': settled.n,
+        'steps': budget,
         **q.settings(),
-        'temperature': temperature,
-        'tilt': tilt,
+        'temperature': settled.temperature,
+        'tilt': settled.tilt,
         'size': list(score.size),
-        'seed': seed,
-        'dtype': None if dtype is None else str(dtype).removeprefix('torch.'),
+        'seed': settled.seed,
+        'dtype': settled.dtype_name,
         'compile': compile,
-        'regime': regime,
+        'regime': 'exact' if settled.exact else 'gallery',
         'views': [v._asdict() for v in views] if views else None,
         'schedule': chains.Schedule()._asdict() if views else None,
         'preset': preset,
         'notes': notes,
         'versions': _versions(),
     }
-    return Samples(images, score.names, settings, diagnosed, trace, film)
+    return Samples(drawn.pixels, score.names, settings, diagnosed, drawn.scores, drawn.film if frames else None)
 
 
-def settle(
-    reference: Any,
-    temperature: float | None,
-    tilt: float | None,
-    dtype: torch.dtype | None,
-    preset: str | None,
-    **numbers: Any,
-) -> tuple[Preset | None, float, float | None]:
-    """Preset, temperature and tilt that a call means, after a look at all arguments that need no network.
-
-    T = 1 alone means the model itself, tilt = 1; otherwise a tilt of None is automatic.
-
-    Raises:
-        ValueError: An argument out of its range, or at odds with the preset.
-    """
-    paper = find_preset(preset) if preset is not None else None
-    if paper:
-        if reference != 'natural' or temperature not in (None, 1) or tilt not in (None, 1):
-            raise ValueError(f'preset={preset!r} fixes reference, temperature and tilt: leave them out')
-        temperature = 1.0
-    if temperature is None:
-        temperature = GALLERY_TEMPERATURE
-    if tilt is None and temperature == 1:
-        tilt = 1.0
-    check(temperature=temperature, tilt=tilt, **numbers)
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f'dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}')
-    return paper, temperature, tilt
-
-
-def sides(size: int | tuple[int, int] | None, reference: str | Reference) -> tuple[int, int] | None:
-    """Height and width that a call means: those of the reference, where it alone has them; None leaves them open."""
-    if size is None and not isinstance(reference, str) and len(getattr(reference, 'shape', ())) == 3:
-        return reference.shape[1], reference.shape[2]
-    return (size, size) if isinstance(size, int) else size
-
-
-def plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's own, which goes into settings; anything else as it is."""
-    return value.item() if getattr(value, 'ndim', None) == 0 else value
-
-
-def check(**values: Any) -> None:
-    """Ranges of the numbers that a user gives.
-
-    Raises:
-        ValueError: A number out of its range.
-    """
-    for name, low in ('n', 1), ('steps', 1), ('levels', 2), ('seed', 0), ('frames', 0):
-        if name not in values or (name == 'steps' and values[name] is None):
-            continue
-        if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < low:
-            raise ValueError(f'{name} must be an integer >= {low}, got {values[name]!r}')
-    for name in 'temperature', 'tilt':
-        value = values.get(name)
-        if not (value is None or (isinstance(value, (int, float)) and 1 / LARGEST <= value <= LARGEST)):
-            bounds = f'from {1 / LARGEST:.0e} to {LARGEST:.0e}'
-            raise ValueError(f'{name} must be a positive number, got {value!r} ({bounds}; 1 is the model itself)')
+def _convergence(by_node: Sequence[Tensor], exact: bool) -> dict[str, float]:
+    """R-hat and ESS of the node that has the worst, from the scores of each node's chains [draws, n]."""
+    if not exact:
+        return {'r_hat': math.nan, 'ess': math.nan}
+    r_hats, sizes = ([fn(scores) for scores in by_node] for fn in (diagnostics.r_hat, diagnostics.bulk_ess))
+    worst = torch.tensor([r_hats, sizes], dtype=torch.float64, device='cpu')
+    return {'r_hat': worst[0].max().item(), 'ess': worst[1].min().item()}  # NaN stays NaN
 
 
 def _versions() -> dict[str, str]:
     from . import __version__
 
     return {'timm_gencnn': __version__, 'timm': timm.__version__, 'torch': torch.__version__}
-
-
-def make_reference(
-    reference: str | Reference, model: nn.Module, channels: int, size: tuple[int, int], device: torch.device
-) -> Reference:
-    """The reference by name, with the mean and standard deviation by which the model normalises its images.
-
-    Raises:
-        ValueError: An unknown name, a reference of another shape than the model's images, or settings that are no JSON.
-    """
-    shape = (channels, *size)
-    if not isinstance(reference, str) and hasattr(reference, 'shape'):
-        if tuple(reference.shape) != shape:
-            raise ValueError(f'the reference draws images of shape {tuple(reference.shape)}, the model takes {shape}')
-        try:
-            json.dumps(reference.settings())
-        except (TypeError, ValueError) as e:
-            raise ValueError(f'settings() of the reference must be numbers, strings and lists, for JSON: {e}') from None
-        return reference
-    if reference == 'white':
-        return White(shape)
-    if reference == 'natural':
-        return natural_for(own_config(model), channels, size, device)
-    raise ValueError(f"unknown reference {reference!r}: 'natural', 'white' or an object of timm_gencnn.reference")
 
 
 def _stuck(divergences: list[int], draws: int) -> str:
@@ -273,8 +177,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given of those that say how to sample."""
-    names = ('n', 'steps', 'reference', 'temperature', 'tilt', 'size', 'seed', 'preset')
-    return {k: getattr(args, k) for k in names if getattr(args, k) is not None}
+    return {k: v for k, v in vars(args).items() if k in Sampling.__dataclass_fields__ and v is not None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -284,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', default='samples.png', help='PNG to write (default: %(default)s)')
     parser.add_argument('--like', metavar='PNG', help='repeat the run whose settings this PNG carries')
     add_sampling_arguments(parser)
-    parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
+    parser.add_argument('--compile', action='store_true', default=None, help='run the network through torch.compile')
     parser.add_argument('--animate', metavar='FILE', help='also write the course of the chains as .gif or .webp')
 
 
@@ -319,15 +222,12 @@ def main(args: argparse.Namespace) -> None:
     kwargs = sampling_arguments(args)
     model, nodes, old = args.model, args.node, None
     if args.like:
-        given = [*(['MODEL'] if model else []), *kwargs, *(['compile'] if args.compile else [])]
-        if given:
+        if given := [*(['MODEL'] if model else []), *kwargs]:
             raise ValueError(f'--like repeats a run as it was: leave out {", ".join(given)}')
         old = repeat_settings(args.like)
         model, nodes = old['model'], old['nodes']
-        kwargs = {k: old.get(k) for k in ('n', 'steps', 'reference', 'temperature', 'tilt', 'seed')}
-        kwargs |= {k: old[k] for k in ('preset', 'compile')}
-        if kwargs['preset'] is not None:
-            kwargs = {k: v for k, v in kwargs.items() if k not in ('reference', 'temperature', 'tilt')}
+        fixed = ('reference', 'temperature', 'tilt') if old['preset'] else ()
+        kwargs = {k: v for k, v in old.items() if k in Sampling.__dataclass_fields__ and k not in fixed}
         kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
     elif not model or not nodes:
         raise ValueError('give a model and at least one node, or --like FILE.png')
@@ -338,7 +238,6 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
     for path in filter(None, (args.out, args.animate)):
         check_writable(path)
-    kwargs.setdefault('compile', args.compile)
     move(net, default_device(args.device))
     samples = visualize(net, nodes, frames=32 if args.animate else 0, **kwargs)
     samples.settings['model'] = model

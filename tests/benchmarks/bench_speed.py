@@ -33,8 +33,8 @@ from timm_gencnn import chains, hmc
 from timm_gencnn.networks import channels_last
 from timm_gencnn.nodes import resolve
 from timm_gencnn.reference import natural_for
+from timm_gencnn.sampling import GALLERY_TEMPERATURE
 from timm_gencnn.views import Viewer, views_of
-from timm_gencnn.visualize import GALLERY_TEMPERATURE
 
 NODE, LEAPFROG, STEP = 207, 8, 1e-3
 
