@@ -28,9 +28,11 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_gencnn import gallery as room
+from timm_gencnn import page as page_room
 from timm_gencnn.cli import main as cli
-from timm_gencnn.gallery import Entry, _Folder, gallery, read_entry, render
+from timm_gencnn.gallery import _Folder, gallery
 from timm_gencnn.networks import load_model
+from timm_gencnn.page import Entry, read_entry, render
 from timm_gencnn.reference import White
 from timm_gencnn.samples import read_metadata
 from timm_gencnn.visualize import visualize
@@ -147,7 +149,7 @@ def test_embedded_sheet_is_the_images_with_clear_gaps(n: int, tmp_path: Path) ->
     net = Net()
     gallery(net, 'conv:1', tmp_path, **KWARGS | {'n': n})
     path = tmp_path / 'images' / room.file_name('conv:1')
-    sheet = room._frame(Image.open(path).convert('RGB'), read_metadata(path)['settings']).convert('RGBA')
+    sheet = page_room._frame(Image.open(path).convert('RGB'), read_metadata(path)['settings']).convert('RGBA')
     images = visualize(net, 'conv:1', **KWARGS | {'n': n}).images
     pixels = pil_to_tensor(sheet)
     columns = {1: 1, 3: 2, 4: 2}[n]
@@ -173,7 +175,7 @@ def test_node_can_be_repeated_from_its_png(tmp_path: Path, node: str) -> None:
     gallery('gencnn_lenet.vis_mnist', [node], tmp_path, n=2, steps=8, progress=False)
     path = tmp_path / 'images' / room.file_name(node)
     repeat = ['Repeat it', f'gencnn visualize --like images/{path.name}']
-    assert repeat in room._rows(read_entry(path))
+    assert repeat in page_room._rows(read_entry(path))
     assert cli(['visualize', '--like', str(path), '--device', 'cpu', '--out', str(tmp_path / 'again.png')]) == 0
     assert Image.open(tmp_path / 'again.png').tobytes() == Image.open(path).tobytes()
 
