@@ -64,8 +64,8 @@ def _dict(value: Check) -> Check:
     )
 
 
-def _either(*checks: Check) -> Check:
-    return lambda v: any(check(v) for check in checks)
+def _optional(*checks: Check) -> Check:
+    return lambda v: v is None or any(check(v) for check in checks)
 
 
 def _name(v: Any) -> bool:
@@ -76,17 +76,8 @@ def _boolean(v: Any) -> bool:
     return type(v) is bool
 
 
-def _null(v: Any) -> bool:
-    return v is None
-
-
 def _image_size(v: Any) -> bool:
-    return (
-        isinstance(v, list | tuple)
-        and len(v) == 3
-        and _integer(1, _MAX_CHANNELS)(v[0])
-        and all(map(_integer(1, _MAX_SIDE), v[1:]))
-    )
+    return isinstance(v, list | tuple) and len(v) == 3 and _channels(v[0]) and all(map(_side, v[1:]))
 
 
 def _argument(v: Any, depth: int = 3) -> bool:
@@ -95,52 +86,43 @@ def _argument(v: Any, depth: int = 3) -> bool:
         return depth > 0 and len(v) <= 1000 and all(_argument(item, depth - 1) for item in v)
     if isinstance(v, dict):
         return depth > 0 and len(v) <= 100 and all(_name(k) and _argument(item, depth - 1) for k, item in v.items())
-    return (
-        v is None
-        or _boolean(v)
-        or _name(v)
-        or _integer(-_MAX_INT, _MAX_INT)(v)
-        or (type(v) is float and math.isfinite(v))
-    )
+    return _plain(v) or (type(v) is float and math.isfinite(v))
 
 
-_classes = _integer(0, _MAX_CLASSES)
-_names = _either(_null, _list(_text(1000), 0, _MAX_CLASSES), _dict(_text(1000)))
-_prose = _either(_null, _text(10_000), _list(_text(10_000), 0, 100))
-_module_names = _either(_null, _name, _list(_name, 0, 100))
-_side = _integer(1, _MAX_SIDE)
+_plain = _optional(_boolean, _name, _integer(-_MAX_INT, _MAX_INT))
+_channels, _side = _integer(1, _MAX_CHANNELS), _integer(1, _MAX_SIDE)
+_size = '[channels, height, width]'
 
 _PRETRAINED_CFG: dict[str, tuple[Check, str]] = {
-    'architecture': (_either(_null, _name), 'a name'),
-    'tag': (_either(_null, _name), 'a name'),
     'custom_load': (lambda v: v is False, 'false: weights come from model.safetensors alone'),
-    'input_size': (_image_size, '[channels, height, width]'),
-    'test_input_size': (_either(_null, _image_size), '[channels, height, width]'),
-    'min_input_size': (_either(_null, _image_size), '[channels, height, width]'),
+    'input_size': (_image_size, _size),
     'fixed_input_size': (_boolean, 'true or false'),
-    'interpolation': (_name, 'a name'),
     'crop_pct': (_number(0.01, 10), 'a number from 0.01 to 10'),
-    'test_crop_pct': (_either(_null, _number(0.01, 10)), 'a number from 0.01 to 10'),
-    'crop_mode': (_name, 'a name'),
+    'test_crop_pct': (_optional(_number(0.01, 10)), 'a number from 0.01 to 10'),
     'mean': (_list(_number(-1e4, 1e4), 1, _MAX_CHANNELS), 'a list of numbers'),
     'std': (_list(_number(1e-6, 1e4), 1, _MAX_CHANNELS), 'a list of positive numbers'),
-    'num_classes': (_classes, f'a whole number from 0 to {_MAX_CLASSES}'),
-    'label_offset': (_either(_null, _integer(0, 1)), '0 or 1'),
-    'label_names': (_names, 'a list of names'),
-    'label_descriptions': (_either(_null, _dict(_text(10_000))), 'a map from names to descriptions'),
-    'pool_size': (_either(_null, _list(_side, 1, 3)), 'a list of sizes'),
-    'test_pool_size': (_either(_null, _list(_side, 1, 3)), 'a list of sizes'),
-    'first_conv': (_module_names, 'the name of a module'),
-    'classifier': (_module_names, 'the name of a module'),
+    'num_classes': (_integer(0, _MAX_CLASSES), f'a whole number from 0 to {_MAX_CLASSES}'),
+    'label_offset': (_optional(_integer(0, 1)), '0 or 1'),
+    'label_names': (_optional(_list(_text(1000), 0, _MAX_CLASSES), _dict(_text(1000))), 'a list of names'),
+    'label_descriptions': (_optional(_dict(_text(10_000))), 'a map from names to descriptions'),
+    **dict.fromkeys(('test_input_size', 'min_input_size'), (_optional(_image_size), _size)),
+    **dict.fromkeys(('pool_size', 'test_pool_size'), (_optional(_list(_side, 1, 3)), 'a list of sizes')),
+    **dict.fromkeys(('architecture', 'tag'), (_optional(_name), 'a name')),
+    **dict.fromkeys(('interpolation', 'crop_mode'), (_name, 'a name')),
+    **dict.fromkeys(('first_conv', 'classifier'), (_optional(_name, _list(_name, 0, 100)), 'the name of a module')),
     **dict.fromkeys(
-        ('license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes'), (_prose, 'a short text')
+        ('license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes'),
+        (_optional(_text(10_000), _list(_text(10_000), 0, 100)), 'a short text'),
     ),
 }
 _MODEL_ARGS: dict[str, tuple[Check, str]] = {
     'num_classes': _PRETRAINED_CFG['num_classes'],
-    'in_chans': (_integer(1, _MAX_CHANNELS), f'a whole number from 1 to {_MAX_CHANNELS}'),
-    'img_size': (_either(_side, _list(_side, 2, 2)), f'an image side, from 1 to {_MAX_SIDE}, or [height, width]'),
-    'log_z': (_either(_null, _list(_number(-1e30, 1e30), 1, _MAX_CLASSES)), 'one finite number per class'),
+    'in_chans': (_channels, f'a whole number from 1 to {_MAX_CHANNELS}'),
+    'img_size': (
+        lambda v: _side(v) or _list(_side, 2, 2)(v),
+        f'a side from 1 to {_MAX_SIDE}, or [height, width]',
+    ),
+    'log_z': (_optional(_list(_number(-1e30, 1e30), 1, _MAX_CLASSES)), 'one finite number per class'),
 }
 
 
