@@ -250,21 +250,10 @@ def write_folder(
 
 
 def list_folder(folder: Path) -> str:
-    """List the files of a folder as a tree with sizes."""
-    files = _files(folder)
-    lines = [f'{folder}/']
-    seen: set[str] = set()
-    for name, path in files.items():
-        *parents, base = name.split('/')
-        for depth, parent in enumerate(parents):
-            prefix = '/'.join(parents[: depth + 1])
-            if prefix not in seen:
-                lines.append('  ' * (depth + 1) + f'{parent}/')
-                seen.add(prefix)
-        label = '  ' * (len(parents) + 1) + base
-        lines.append(f'{label:<48} {path.stat().st_size:>14,} bytes')
-    total = sum(path.stat().st_size for path in files.values())
-    return '\n'.join([*lines, f'{len(files)} files, {total:,} bytes'])
+    """List the files of a folder with their sizes."""
+    sizes = {name: path.stat().st_size for name, path in _files(folder).items()}
+    lines = [f'  {name:<46} {size:>14,} bytes' for name, size in sizes.items()]
+    return '\n'.join([f'{folder}/', *lines, f'{len(sizes)} files, {sum(sizes.values()):,} bytes'])
 
 
 def _files(folder: Path) -> dict[str, Path]:
