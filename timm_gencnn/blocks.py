@@ -73,14 +73,15 @@ class Run:
         self.batch = chunk(self.reference)
         self.channels_last = True
 
-    def blocks(self) -> list[tuple[list[int], range]]:
-        """(nodes, chains of each node) such that their product fits into a batch."""
+    def blocks(self) -> list[tuple[list[int], list[int]]]:
+        """(nodes, chains) of each block, which fit into a batch; chain i of node k has the number k n + i."""
         count, n = len(self.score.nodes), self.sampling.n
-        groups = [list(range(i, min(i + self.batch, count))) for i in range(0, count, self.batch)]
         blocks = []
-        for group in groups:
+        for first in range(0, count, self.batch):
+            group = list(range(first, min(first + self.batch, count)))
             per_node = max(1, self.batch // len(group))
-            blocks += [(group, range(i, min(i + per_node, n))) for i in range(0, n, per_node)]
+            some = [range(i, min(i + per_node, n)) for i in range(0, n, per_node)]
+            blocks += [(group, [k * n + i for k in group for i in members]) for members in some]
         return blocks
 
     def run(self) -> Drawn:
@@ -94,8 +95,8 @@ class Run:
                     parts = []
                     for group, members in groupby(blocks, key=lambda block: block[0]):
                         with self.scoring(group) as score:
-                            parts += [self.block(score, self.ids(group, some), bar) for _, some in members]
-                return _join(parts, [i for block in blocks for i in self.ids(*block)])
+                            parts += [self.block(score, ids, bar) for _, ids in members]
+                return _join(parts, [i for _, ids in blocks for i in ids])
             except RuntimeError as e:
                 self.lighten(e)
 
@@ -116,10 +117,6 @@ class Run:
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
         warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=5)
-
-    def ids(self, group: list[int], some: range) -> list[int]:
-        """Numbers of a block's chains among all; chain i of node k has k n + i."""
-        return [k * self.sampling.n + i for k in group for i in some]
 
     @contextmanager
     def scoring(self, group: list[int]) -> Iterator[ScoreFunction]:

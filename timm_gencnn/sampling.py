@@ -57,6 +57,7 @@ class Sampling:
 
     @property
     def paper(self) -> Preset | None:
+        """The preset, if there is one."""
         return None if self.preset is None else find_preset(self.preset)
 
     def settled(self) -> Sampling:

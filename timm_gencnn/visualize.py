@@ -101,7 +101,7 @@ def visualize(
         views = None if settled.exact else [views_of(node.kind, score.in_chans) for node in score.nodes]
         weights = weights_digest(net)
         drawn = Run(score, q, views, settled, budget, where, progress).run()
-    per_image: dict[str, Any] = {name: values.tolist() for name, values in drawn.per_image.items()}
+    per_image: dict[str, Any] = {k: values.tolist() for k, values in drawn.per_image.items()}
     diagnosed = per_image | _convergence(drawn.scores.split(settled.n, dim=1), settled.exact)
     diagnosed |= {'gradients': drawn.gradients, 'seconds': round(time.perf_counter() - began, 3)}
     notes = [node.note for node in score.nodes if node.note]
