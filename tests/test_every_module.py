@@ -11,7 +11,7 @@ import torch
 from test_nodes import SHARED, SMALL, build, capture, channel_means, middle_layer
 from torch import Tensor, nn
 
-from timm_gencnn import chains, hmc, layouts
+from timm_gencnn import chains, hmc, probes
 from timm_gencnn.nodes import resolve
 from timm_gencnn.samples import Samples, to_rgb
 from timm_gencnn.sampling import Sampling
@@ -59,7 +59,7 @@ def awake(model: nn.Module, size: tuple[int, int]) -> nn.Module:
 def alive_node(model: nn.Module, size: tuple[int, int]) -> str:
     """A block in the middle of the network and the channel that is largest on all of four images."""
     images = noise(model, size, 4)
-    layer, found = middle_layer(model, layouts.probe(model, images.shape[1], size))
+    layer, found = middle_layer(model, probes.probe(model, images.shape[1], size))
     means = torch.stack([channel_means(capture(model, layer, image[None]), found) for image in images])
     return f'{layer}:{int(means.abs().amin(0).argmax())}'
 

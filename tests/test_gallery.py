@@ -283,6 +283,7 @@ def test_all_failed_is_an_error_that_says_why(tmp_path: Path) -> None:
         ('conv:0', {'preset': 'paper-lenet', 'tilt': 3.0}, "preset='paper-lenet' fixes reference, temperature and"),
         ('conv:0', {'reference': 'pink'}, "unknown reference 'pink'"),
         ('conv:0', {'size': 1}, 'the model refuses 1 x 1 images'),
+        ('conv:0', {'device': 'nosuch'}, "device 'nosuch' cannot be used"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_gencnn import layouts, node_lists, nodes
+from timm_gencnn import layouts, node_lists, probes
 from timm_gencnn.cli import main as cli
 from timm_gencnn.node_lists import NodeInfo, expand, list_nodes
 from timm_gencnn.nodes import receptive_field, resolve
@@ -487,7 +487,7 @@ def test_rectified_and_softmax_classes_are_read_before_the_activation():
     assert layers_of(score) == [{'1'}]
     assert score.nodes[0].note == "class logit read before the activation '1'"
     soft = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5), nn.Softmax(1)).eval()
-    torch.testing.assert_close(resolve(soft, 2, size=SIZE, in_chans=3)(images()), soft[:2](images())[:, 2])
+    torch.testing.assert_close(resolve(soft, 2, size=SIZE)(images()), soft[:2](images())[:, 2])
     plain = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6)).eval()
     assert layers_of(resolve(plain, 2, size=SIZE)) == [{''}]
 
@@ -574,13 +574,9 @@ def test_refused_sizes(zoo):
     vit = timm.create_model('test_vit').eval()
     with pytest.raises(ValueError, match=r'refuses 100 x 100 .*own size is 160 x 160'):
         resolve(vit, 3, size=(100, 100))
-    with pytest.raises(ValueError, match='refuses 160 x 160 images of 5 channel'):
-        resolve(vit, 3, in_chans=5)
     for size in ((0, 4), (4,), 'big', (4.0, 4.0)):
         with pytest.raises(ValueError, match='not a positive height and width'):
             resolve(vit, 3, size=size)
-    with pytest.raises(ValueError, match='in_chans'):
-        resolve(vit, 3, in_chans=0)
 
 
 @pytest.mark.parametrize('size', [None, (8, 8)])
@@ -870,12 +866,12 @@ def test_a_network_that_is_random_in_eval_mode_is_refused():
 # Every family
 
 
-def readable(result: layouts.Probe, layer: str) -> tuple[str, layouts.Layout] | None:
+def readable(result: probes.Probe, layer: str) -> tuple[str, layouts.Layout] | None:
     try:
-        found = layouts.find_layout(result, layouts.Tap(layer))
+        found = layouts.find_layout(result, probes.Tap(layer))
     except ValueError:  # one channel only, or inside attention
         return None
-    slope = layouts.grad(layouts.weighted_scores(result.read(layouts.Tap(layer)))[0], result.images)
+    slope = layouts.grad(layouts.weighted_scores(result.read(probes.Tap(layer)))[0], result.images)
     return None if slope is None else (layer, found)  # a table of positions sees no image
 
 
@@ -891,7 +887,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def middle_layer(model: nn.Module, result: layouts.Probe) -> tuple[str, layouts.Layout]:
+def middle_layer(model: nn.Module, result: probes.Probe) -> tuple[str, layouts.Layout]:
     """A block in the middle of the network, with its layout."""
     single = [name for name, calls in result.calls.items() if name and len(calls) == 1]
     single = [name for name in single if isinstance(result.calls[name][0].output, Tensor)]
@@ -909,11 +905,11 @@ def check_model(name: str) -> None:
     model = build(name)
     size = (SIDES[name], SIDES[name]) if name in SIDES else None
     plain = resolve(model, 1, size=size)
-    result = layouts.probe(model, plain.in_chans, plain.size)
+    result = probes.probe(model, plain.in_chans, plain.size)
     for stage in getattr(model, 'feature_info', None) or []:  # timm's own word for the number of channels
         calls = result.calls.get(stage.get('module'), [])
         if len(calls) == 1 and isinstance(calls[0].output, Tensor):
-            assert layouts.find_layout(result, layouts.Tap(stage['module'])).channels == stage['num_chs'], stage
+            assert layouts.find_layout(result, probes.Tap(stage['module'])).channels == stage['num_chs'], stage
     layer, found = middle_layer(model, result)
 
     x = images(2, plain.in_chans, plain.size).requires_grad_()
@@ -926,7 +922,7 @@ def check_model(name: str) -> None:
     assert value.isfinite().all()
     torch.testing.assert_close(value[1], means[channel], rtol=1e-3, atol=1e-5)
     with torch.no_grad():
-        logits = nodes.class_logits(model(x[:1]))
+        logits = probes.class_logits(model(x[:1]))
     torch.testing.assert_close(value[:1], logits[:, 1].float(), rtol=1e-3, atol=1e-4)
     (slope,) = torch.autograd.grad(value.sum(), x)
     assert slope.isfinite().all()

@@ -15,8 +15,8 @@ from torch import nn
 
 import timm_gencnn
 from timm_gencnn import blocks, diagnostics, hmc
-from timm_gencnn.layouts import Tap, exclusive, probe
 from timm_gencnn.networks import frozen
+from timm_gencnn.probes import Tap, exclusive, probe
 from timm_gencnn.reference import Natural, White
 from timm_gencnn.samples import Samples, read_metadata, verdict
 from timm_gencnn.visualize import visualize

@@ -30,8 +30,9 @@ from torch import nn
 from .chains import Schedule
 from .networks import default_device, load, load_model, weights_digest
 from .node_lists import expand
-from .nodes import Refused, resolve
+from .nodes import resolve
 from .page import Entry, read_entry, render
+from .probes import Refused
 from .samples import read_metadata, write_atomically
 from .sampling import Sampling, plain
 from .scores import ScoreFunction

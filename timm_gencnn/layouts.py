@@ -1,79 +1,18 @@
-"""What the modules of a network put out, found by one probing forward pass: shapes, channel axes, receptive fields.
+"""Where in a recorded pass a node is read, and what the axes are there: channels, rows and columns, tokens.
 
 Knows nothing of node names. The channel axis is not guessed from a shape: it is the axis along which a slice of the
 layer's output depends on one single entry of the last per-channel parameter (bias, norm weight, row of a weight matrix)
 that ran before it. That holds for NCHW, NHWC and token layouts alike, and is read off exact zeros of a gradient.
 """
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-PROBES = 2  # images per probe: one whose score is read, one that must not change it
+from .probes import PROBES, Probe, Tap, class_logits, seeded
+
 LOOK_BACK = 24  # how many parameters to go back for evidence of a channel axis
-
-
-class StopForward(Exception):
-    """Raised by a hook to end a forward pass at the last layer that is needed."""
-
-
-@dataclass
-class Call:
-    """One call of one module in the probe's forward pass."""
-
-    module: nn.Module
-    input: Any
-    output: Any
-    params: int  # how many per-channel parameters had run when this call returned
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where a hook reads: the output (or the input) of one call of a module; '' is the model itself."""
-
-    layer: str
-    call: int = 0
-    input: bool = False
-
-
-@dataclass
-class Probe:
-    """A recorded forward pass of two random images; `calls[name]` lists the calls of a module in order.
-
-    Where `stop` is given, the pass ended after that call of that module.
-    """
-
-    model: nn.Module
-    images: Tensor
-    stop: tuple[str, int] | None = None
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-    params: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
-    order: list[str] = field(default_factory=list)
-    _filled: 'Probe | None' = field(default=None, init=False, repr=False)
-
-    def read(self, tap: Tap) -> Tensor:
-        """The tensor at `tap`; its first axis is the batch."""
-        call = self.calls[tap.layer][tap.call]
-        tensor = call.input if tap.input else single_tensor(call.output) if tap.layer else class_logits(call.output)
-        if tensor is None:
-            raise ValueError(f'it returns a {type(call.output).__name__}, not one tensor: name a layer inside it')
-        return tensor
-
-    @property
-    def filled(self) -> 'Probe':
-        """The same pass with 0.1 for every zero gain and bias: branches that start at zero are seen."""
-        if self._filled is None:  # no cached_property: until Python 3.12 its lock is one for all, and would cross ours
-            size = self.images.shape[2], self.images.shape[3]
-            with exclusive(self.model):
-                self._filled = probe(self.model, self.images.shape[1], size, stop=self.stop, fill=True)
-        return self._filled
 
 
 @dataclass(frozen=True)
@@ -105,118 +44,47 @@ def is_activation(module: nn.Module) -> bool:
     return type(module).__module__ in places and not isinstance(module, (nn.MultiheadAttention, nn.GLU))
 
 
-def single_tensor(output: Any) -> Tensor | None:
-    """The one tensor of a module's output, or None where there is none or more than one."""
-    if isinstance(output, Tensor):
-        return output
-    items: Iterable[Any] = output.values() if isinstance(output, dict) else output
-    if not isinstance(output, (dict, tuple, list)):
-        return None
-    tensors = [item for item in items if isinstance(item, Tensor)]
-    return tensors[0] if len(tensors) == 1 else None
+def preactivation(result: Probe, tap: Tap) -> Tap:
+    """An activation's input in the place of its output; the same inside timm's fused norm + activation layers."""
+    call = result.calls[tap.layer][tap.call]
+    act = getattr(call.module, 'act', None)
+    if type(call.module).__module__.startswith('timm.layers') and 'Norm' in type(call.module).__name__:
+        inner = result.calls.get(f'{tap.layer}.act', [])
+        if isinstance(act, nn.Module) and is_activation(act) and len(inner) == len(result.calls[tap.layer]):
+            return preactivation(result, Tap(f'{tap.layer}.act', tap.call))
+    same = isinstance(call.input, Tensor) and isinstance(call.output, Tensor) and call.input.shape == call.output.shape
+    return replace(tap, input=True) if is_activation(call.module) and same else tap
 
 
-def class_logits(output: Any) -> Tensor:
-    """The class scores among what a model returns: a tensor, `logits` or `out` of a mapping, the first of a tuple."""
-    found = output
-    if isinstance(output, Mapping):
-        found = next((output[key] for key in ('logits', 'out') if key in output), None)
-    elif hasattr(output, 'logits'):
-        found = output.logits
-    elif isinstance(output, tuple) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        what = f'keys {list(output)}' if isinstance(output, Mapping) else f'a {type(output).__name__}'
-        raise ValueError(
-            f"the model returns {what}, not class logits: name a layer ('layer:channel') or pass a callable"
-        )
-    return found
-
-
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-
-
-@contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
-    """One thread at a time inside: the hooks and parameters that one puts in place would reach another's passes."""
-    with _locks.setdefault(model, threading.RLock()):
-        yield
-
-
-@contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """No module of timm recomputes its activations in the backward pass inside; restored on the way out."""
-    modules: list[Any] = [module for module in model.modules() if getattr(module, 'grad_checkpointing', False)]
+def layout_of(result: Probe, tap: Tap, axis: int | None = None) -> Layout:
+    """Axes of the tensor at `tap`, with errors that name its layer."""
     try:
-        for module in modules:
-            module.grad_checkpointing = False
-        yield
-    finally:
-        for module in modules:
-            module.grad_checkpointing = True
+        return find_layout(result, tap, axis)
+    except ValueError as error:
+        what = f'layer {tap.layer!r}' if tap.layer else "the model's output"
+        hint = f", name it as '{tap.layer}:axis1=17'" if tap.layer and 'which axis' in str(error) else ''
+        raise ValueError(f'{what} cannot be read: {error}{hint}') from None
 
 
-def probe(
-    model: nn.Module,
-    in_chans: int,
-    size: tuple[int, int],
-    *,
-    stop: tuple[str, int] | None = None,
-    fill: bool = False,
-) -> Probe:
-    """Runs two random images through `model` and records every module's output with its autograd graph.
+def class_tap(result: Probe) -> Tap:
+    """Where the raw logits are: the model's output, unless that is the mean of an activation's output.
 
-    Parameters and their `requires_grad` are untouched: the pass runs on detached aliases, of which only per-channel
-    parameters ask for gradients (timm's attention biases must not, since some models cache them in eval mode).
-
-    Args:
-        model: Any module that takes a batch of images, in eval mode.
-        in_chans: Image channels.
-        size: Image height and width in pixels.
-        stop: Module name and call index at which the pass ends; None runs the whole model.
-        fill: Runs with 0.1 in the place of zero gains and biases, so that a branch that starts at zero is seen.
+    A class behind a last ReLU (SqueezeNet) has no gradient on most images, and a last softmax couples the classes; in
+    both cases the logit is taken to be the mean of that activation's input.
     """
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    if fill:
-        params = {name: p.where(p != 0, 0.1) if p.ndim < 2 else p for name, p in params.items()}
-    reference = next((p for p in params.values() if p.is_floating_point()), torch.empty(0, device='cpu'))
-    noise = _seeded(torch.randn, (PROBES, in_chans, *size), 0)
-    result = Probe(model, noise.to(reference).requires_grad_(), stop)
-
-    def enter(own: list[str]) -> Any:
-        return lambda module, args: result.params.extend((module, params[key]) for key in own)
-
-    def record(name: str, own: list[str]) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            result.params.extend((module, params[key]) for key in own)
-            calls = result.calls.setdefault(name, [])
-            calls.append(Call(module, args[0] if args else None, output, len(result.params)))
-            result.order.append(name)
-            if stop == (name, len(calls) - 1):
-                raise StopForward
-
-        return hook
-
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            own = []
-            for key, p in module.named_parameters(name, recurse=False):
-                rows = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and key.endswith('weight')
-                if key in params and p.is_floating_point() and (p.ndim == 1 or rows) and p.shape[0] > 1:
-                    params[key].requires_grad_()
-                    own.append(key)
-            if own and next(module.children(), None) is not None:  # used before, between or after its children
-                handles.append(module.register_forward_pre_hook(enter(own)))
-            handles.append(module.register_forward_hook(record(name, own)))
-        with torch.enable_grad(), without_checkpointing(model):  # a backward pass would recompute without the aliases
-            functional_call(model, params, (result.images.clone(),))  # a copy: a model may normalise in place
-    except StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return result
+    logits = class_logits(result.calls[''][0].output)
+    for name in reversed(result.order):
+        tap = Tap(name, len(result.calls[name]) - 1)
+        call = result.calls[name][-1]
+        if not is_activation(call.module):
+            continue
+        tensor = call.output
+        if isinstance(tensor, Tensor) and isinstance(call.input, Tensor) and tensor.shape[:2] == logits.shape[:2]:
+            means = tensor.flatten(2).mean(2) if tensor.ndim > 2 else tensor
+            if logits.ndim == 2 and torch.allclose(means, logits, rtol=1e-4, atol=1e-6):
+                return replace(tap, input=True)
+        break
+    return Tap('')
 
 
 def grad(score: Tensor, target: Tensor) -> Tensor | None:
@@ -309,14 +177,9 @@ def _measured_axis(result: Probe, tap: Tap) -> int | None:
     return leading or (0 if mixed else None)
 
 
-def _seeded(draw: Callable[..., Tensor], shape: Sequence[int], seed: int) -> Tensor:
-    """Numbers of a generator of their own, on the CPU whatever the default device is."""
-    return draw(tuple(shape), generator=torch.Generator().manual_seed(seed), device='cpu')
-
-
 def _weighted(part: Tensor) -> Tensor:
     """A sum with random weights, so that what a normalisation keeps constant does not cancel."""
-    weight = _seeded(torch.rand, part.shape, 1).to(part) + 0.5
+    weight = seeded(torch.rand, part.shape, 1).to(part) + 0.5
     return (part * weight).sum()
 
 
@@ -356,7 +219,7 @@ def _largest_share(tensor: Tensor, axis: int, param: Tensor) -> float | None:
 def measure_receptive_field(result: Probe, tensor: Tensor) -> tuple[int, int]:
     """Height and width in pixels of the image part that the central unit of an NCHW `tensor` depends on."""
     unit = tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2]
-    weight = _seeded(torch.randn, unit.shape, 2).to(unit)
+    weight = seeded(torch.randn, unit.shape, 2).to(unit)
     slope = grad((unit * weight).sum(), result.images)
     if slope is None or not slope.any():
         return result.images.shape[2], result.images.shape[3]

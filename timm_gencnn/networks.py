@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .layouts import exclusive, without_checkpointing
 from .model_config import own_config
+from .probes import exclusive, without_checkpointing
 from .registry import check_checkpoint, check_name
 
 

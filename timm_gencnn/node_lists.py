@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import nn
 
-from .layouts import Probe, Tap, single_tensor
+from .layouts import layout_of, preactivation
 from .names import WEIGHT
-from .nodes import check_model, layout_of, preactivation, probe_for
+from .probes import Probe, Tap, check_model, probe_for, single_tensor
 from .registry import check_name
 
 

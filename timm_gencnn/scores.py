@@ -12,17 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layouts import (
-    Layout,
-    Probe,
-    StopForward,
-    Tap,
-    class_logits,
-    exclusive,
-    grad,
-    single_tensor,
-    weighted_scores,
-)
+from .layouts import Layout, grad, weighted_scores
+from .probes import Probe, StopForward, Tap, class_logits, exclusive, single_tensor
 
 
 @dataclass(frozen=True)
