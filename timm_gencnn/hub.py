@@ -25,6 +25,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     get_token,
     hf_hub_download,
     snapshot_download,
@@ -131,27 +132,32 @@ def push_to_hub(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             head = api.model_info(repo_id, revision=revision)
             _check_privacy(private, head.private, repo_id)
-            published = {file.rfilename for file in head.siblings or []}
-            keep_card = 'README.md' in published and not overwrite_card and _is_edited(api, repo_id, head.sha)
-            if keep_card:
-                _logger.warning(
-                    '%s: README.md was not written by timm_gencnn, or was edited since: it is kept as it is. '
-                    'Pass overwrite_card=True (--overwrite-card) to replace it.',
-                    repo_id,
-                )
-                (folder / 'README.md').unlink()
-            files = _files(folder)
-            pictures = {name for name in published if re.fullmatch(r'images/[^/]+\.png', name)}
-            outdated = [] if keep_card else sorted(pictures - files.keys())
             return api.create_commit(
                 repo_id,
-                [CommitOperationAdd(name, path) for name, path in files.items()]
-                + [CommitOperationDelete(name) for name in outdated],
+                _changes(api, folder, repo_id, head, overwrite_card),
                 commit_message=commit_message,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=head.sha,
             )
+
+
+def _changes(
+    api: HfApi, folder: Path, repo_id: str, head: ModelInfo, overwrite_card: bool
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What the commit of a folder adds and removes; a card that was edited by hand is kept, with its pictures."""
+    files, published = _files(folder), {file.rfilename for file in head.siblings or []}
+    outdated = {name for name in published - files.keys() if re.fullmatch(r'images/[^/]+\.png', name)}
+    if 'README.md' in published and not overwrite_card and _is_edited(api, repo_id, head.sha):
+        _logger.warning(
+            '%s: README.md was not written by timm_gencnn, or was edited since: it is kept as it is. '
+            'Pass overwrite_card=True (--overwrite-card) to replace it.',
+            repo_id,
+        )
+        del files['README.md']
+        outdated = set()
+    added = [CommitOperationAdd(name, path) for name, path in files.items()]
+    return added + [CommitOperationDelete(name) for name in sorted(outdated)]
 
 
 def from_pretrained(
