@@ -32,7 +32,7 @@ from .networks import default_device, load, load_model, weights_digest
 from .node_lists import expand
 from .nodes import resolve
 from .page import Entry, read_entry, render
-from .probes import Refused
+from .probes import Refused, Size
 from .samples import read_metadata, write_atomically
 from .sampling import Sampling, plain
 from .scores import ScoreFunction
@@ -119,13 +119,13 @@ def _check_reference(net: nn.Module, names: list[str], asked: Sampling) -> None:
     asked.make_reference(net, score.in_chans, score.size)
 
 
-def _scores(net: nn.Module, names: list[str], size: tuple[int, int] | None) -> Iterator[ScoreFunction]:
+def _scores(net: nn.Module, names: list[str], size: Size | None) -> Iterator[ScoreFunction]:
     for name in names:
         with suppress(ValueError):
             yield resolve(net, name, size=size)
 
 
-def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: tuple[int, int] | None) -> list[str]:
+def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: Size | None) -> list[str]:
     """Names of all nodes asked for, each once, in order."""
     nodes = plain(nodes)
     given = [nodes] if isinstance(nodes, (str, int)) else map(plain, nodes)

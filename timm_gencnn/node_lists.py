@@ -15,7 +15,7 @@ from torch import nn
 
 from .layouts import layout_of, preactivation
 from .names import WEIGHT
-from .probes import Probe, Tap, check_model, probe_for, single_tensor
+from .probes import Probe, Size, Tap, check_model, probe_for, single_tensor
 from .registry import check_name
 
 
@@ -37,7 +37,7 @@ class NodeInfo:
 
 
 @torch.inference_mode(False)
-def list_nodes(model: nn.Module, pattern: str | None = None, *, size: tuple[int, int] | None = None) -> list[NodeInfo]:
+def list_nodes(model: nn.Module, pattern: str | None = None, *, size: Size | None = None) -> list[NodeInfo]:
     """Layers of `model` whose name matches the shell-style `pattern`, in the order in which they run.
 
     A layer that runs more than once is matched as a whole (`'relu'`) and by its calls (`'relu#2'`).
@@ -45,7 +45,8 @@ def list_nodes(model: nn.Module, pattern: str | None = None, *, size: tuple[int,
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         pattern: Pattern of layer names; None is all of them.
-        size: Image height and width, which the layers must take and the whole model need not; None is the model's own.
+        size: Image side or (height, width), which the layers must take and the whole model need not; None is the
+            model's own.
 
     Raises:
         ValueError: No layer matches, the model is in train mode, or the layers refuse the size.
@@ -84,14 +85,14 @@ def _info(result: Probe, name: str, tap: Tap) -> NodeInfo:
     return NodeInfo(name, layout.shape, layout.channels, str(layout))
 
 
-def expand(model: nn.Module, pattern: str, *, size: tuple[int, int] | None = None) -> list[str]:
+def expand(model: nn.Module, pattern: str, *, size: Size | None = None) -> list[str]:
     """Node names of a pattern: `'layer3.*:0-15'`, `'conv1:*'`, `'blocks.[0-3]:4@0'`, or the classes `'0-9'`.
 
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         pattern: A shell-style layer pattern, then ':' and a channel, a range (ends included, cut at the layer's last
             channel) or '*' for all, then an optional '@position'. Anything else is one node and is returned as it is.
-        size: Image height and width, as in `list_nodes`.
+        size: As in `list_nodes`.
 
     Raises:
         ValueError: As `list_nodes`, or nothing matches.
@@ -145,8 +146,7 @@ def main(args: argparse.Namespace) -> None:
     except RuntimeError as error:  # a tag that the architecture does not have
         tags = ', '.join(timm.list_pretrained(args.model.split('.')[0] + '.*')) or 'none'
         raise ValueError(f'cannot create model {args.model!r}: {error} Pretrained are {tags}') from error
-    size = None if args.size is None else (args.size, args.size)
-    infos = list_nodes(model, args.pattern, size=size)
+    infos = list_nodes(model, args.pattern, size=args.size)
     rows = [(i.name, str(i.channels or '?'), i.layout, ' x '.join(map(str, i.shape))) for i in infos]
     print(table([('layer', 'channels', 'layout', 'shape'), *rows]))
     units = sum((info.channels or 0) for info in infos)

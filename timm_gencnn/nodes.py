@@ -26,12 +26,12 @@ from torch import nn
 from .layouts import Layout, class_tap, layout_of, measure_receptive_field, preactivation
 from .model_config import labels_for
 from .names import Names, Node, Parsed, Unit, class_name, find_class, find_layer, parse, sum_name
-from .probes import Probe, Tap, check_model, probe_for, probe_until
+from .probes import Probe, Size, Tap, check_model, probe_for, probe_until
 from .scores import NodeScore, ScoreFunction, Term, check
 
 
 @torch.inference_mode(False)  # axes are measured by gradients, also under torch.no_grad()
-def resolve(model: nn.Module, nodes: Node | Sequence[Node], *, size: tuple[int, int] | None = None) -> ScoreFunction:
+def resolve(model: nn.Module, nodes: Node | Sequence[Node], *, size: Size | None = None) -> ScoreFunction:
     """Score function of one node or a list of nodes of any network.
 
     Two random images run through the model to find the axes, and to check that each score is finite, reaches the image,
@@ -41,9 +41,9 @@ def resolve(model: nn.Module, nodes: Node | Sequence[Node], *, size: tuple[int, 
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         nodes: A node or a list of nodes; the module's docstring has the grammar.
-        size: Image height and width in pixels; one that the whole model refuses will do if all nodes are in layers that
-            take it. None takes the model's own size or, if all nodes are channels of early convolutions, their
-            receptive field and a margin of half of it (rounded up to the stride).
+        size: Image side or (height, width) in pixels; one that the whole model refuses will do if all nodes are in
+            layers that take it. None takes the model's own size or, if all nodes are channels of early convolutions,
+            their receptive field and a margin of half of it (rounded up to the stride).
 
     Returns:
         A function of images [N, C, H, W] -> scores [N].
@@ -179,14 +179,14 @@ def _early_size(result: Probe, terms: list[Term]) -> tuple[int, int] | None:
 
 
 @torch.inference_mode(False)
-def receptive_field(model: nn.Module, layer: str, *, size: tuple[int, int] | None = None) -> tuple[int, int]:
+def receptive_field(model: nn.Module, layer: str, *, size: Size | None = None) -> tuple[int, int]:
     """Height and width in pixels of what the central unit of a convolutional layer depends on, by its gradient.
 
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         layer: Dotted name of a layer with an NCHW output.
-        size: Image height and width, which the layer must take and the whole model need not; None is the model's own.
-            The result is at most this.
+        size: Image side or (height, width), which the layer must take and the whole model need not; None is the model's
+            own. The result is at most this.
 
     Raises:
         ValueError: The layer does not exist, or refuses the size, or its output is not [N, C, H, W].

@@ -49,14 +49,3 @@ PRESETS = {
     'paper-lenet': Preset(10, 1, 1e-5, 1e-4, 100, (300, 300), origin=False),
     'paper-alexnet': Preset(10, 255, 1e-5, 3e-6, 50, (500, 100), origin=True),
 }
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if name not in PRESETS:
-        raise ValueError(f'unknown preset {name!r}: there are {", ".join(PRESETS)}')
-    return PRESETS[name]

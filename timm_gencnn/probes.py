@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from .model_config import own_channels, own_size
 
+Size = int | tuple[int, int]
 PROBES = 2  # images per probe: one whose score is read, one that must not change it
 
 
@@ -196,10 +197,8 @@ def seeded(draw: Callable[..., Tensor], shape: Sequence[int], seed: int) -> Tens
 
 def _check_size(size: Any) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else size
-    valid = (
-        isinstance(sides, (tuple, list)) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)
-    )
-    if not valid:
+    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not pair or not all(type(side) is int and side > 0 for side in sides):
         raise ValueError(f'size {size!r} is not a positive height and width in pixels, such as (224, 224)')
     return sides[0], sides[1]
 
@@ -255,16 +254,14 @@ def _first_probe(model: nn.Module, size: Any) -> Probe:
 
 
 def probe_for(
-    model: nn.Module,
-    places: Callable[[Probe], dict[str, Tap]],
-    size: tuple[int, int] | None,
+    model: nn.Module, places: Callable[[Probe], dict[str, Tap]], size: Size | None
 ) -> tuple[Probe, dict[str, Tap]]:
     """Probes the model, or only as far as some layers if it refuses the size as a whole.
 
     Args:
         model: Any module that takes images [N, C, H, W], in eval mode.
         places: From a probe of the whole model the calls that are needed, by name; none if that is the model's output.
-        size: Image height and width in pixels; None is the model's own.
+        size: Image side or (height, width) in pixels; None is the model's own.
 
     Returns:
         The probe at that size, and the places.

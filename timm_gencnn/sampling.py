@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .model_config import own_config
-from .presets import Preset, find_preset
+from .presets import PRESETS, Preset
 from .reference import Reference, White, natural_for
 
 STEPS = 512
@@ -58,7 +58,9 @@ class Sampling:
     @property
     def paper(self) -> Preset | None:
         """The preset, if there is one."""
-        return None if self.preset is None else find_preset(self.preset)
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f'unknown preset {self.preset!r}: there are {", ".join(PRESETS)}')
+        return None if self.preset is None else PRESETS[self.preset]
 
     def settled(self) -> Sampling:
         """With the temperature and the tilt that None means; a tilt that stays None is automatic."""
@@ -75,11 +77,10 @@ class Sampling:
     def dtype_name(self) -> str | None:
         return None if self.dtype is None else str(self.dtype).removeprefix('torch.')
 
-    def sides(self) -> tuple[int, int] | None:
-        """Height and width; those of the reference, where it alone has them; None leaves them open."""
-        if self.size is None and not isinstance(self.reference, str) and len(getattr(self.reference, 'shape', ())) == 3:
-            return self.reference.shape[1], self.reference.shape[2]
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+    def sides(self) -> int | tuple[int, int] | None:
+        """The size asked for; that of the reference, where it alone has one; None leaves it open."""
+        shape: Any = getattr(self.reference, 'shape', ())
+        return shape[1:] if self.size is None and len(shape) == 3 else self.size
 
     def budget(self, classes: bool) -> int:
         """Image gradients per chain, for nodes that are all classes or not."""
@@ -93,7 +94,7 @@ class Sampling:
         Raises:
             ValueError: An unknown name, another shape than that of the model's images, or settings that are no JSON.
         """
-        reference, shape, cfg = self.reference, (channels, *size), own_config(model)
+        reference, shape = self.reference, (channels, *size)
         if not isinstance(reference, str) and hasattr(reference, 'shape'):
             if tuple(reference.shape) != shape:
                 raise ValueError(f'the reference draws images of {tuple(reference.shape)}, the model takes {shape}')
@@ -105,9 +106,9 @@ class Sampling:
                 ) from None
             return reference
         if self.paper or reference == 'white':
-            return White(shape, self.paper.normalised_sigma(cfg) if self.paper else 1.0)
+            return White(shape, self.paper.normalised_sigma(own_config(model)) if self.paper else 1.0)
         if reference == 'natural':
-            return natural_for(cfg, channels, size, device)
+            return natural_for(own_config(model), channels, size, device)
         raise ValueError(f"unknown reference {reference!r}: 'natural', 'white' or an object of timm_gencnn.reference")
 
 
