@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import timm_gencnn
-from timm_gencnn import blocks, diagnostics, hmc
+from timm_gencnn import blocks, diagnostics, hmc, probes
 from timm_gencnn.networks import frozen
 from timm_gencnn.probes import Tap, exclusive, probe
 from timm_gencnn.reference import Natural, White
@@ -147,6 +147,17 @@ def test_chunks_of_chains_give_the_pixels_of_one_batch(lenet, monkeypatch):
         parts = quick(lenet, [1, 2, 3], n=3, steps=8)
         assert torch.allclose(parts.images, whole.images, atol=1e-2)
         assert parts.diagnostics['score'] == pytest.approx(whole.diagnostics['score'], abs=1e-2)
+
+
+def test_chunks_of_nodes_cost_no_further_probe(lenet, monkeypatch):
+    probed = []
+    monkeypatch.setattr(probes, 'probe', lambda *args, **kwargs: probed.append(args) or probe(*args, **kwargs))
+    counts = []
+    for batch in (6, 1):
+        monkeypatch.setattr(blocks, 'PIXELS_PER_BATCH', batch * 28 * 28)
+        quick(lenet, [1, 2, 'conv2:3'], steps=8)
+        counts.append(len(probed))
+    assert counts[1] == 2 * counts[0] > 0
 
 
 @pytest.mark.parametrize('kwargs', [{'steps': 16}, {'steps': 65, 'temperature': 1.0}])
