@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from PIL import Image
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import NoWait, SyncError
 
 from timm_gencnn import blocks, chains, hmc
 from timm_gencnn.networks import channels_last, frozen
@@ -48,27 +48,6 @@ class Viewer(nn.Module):
 
 
 # No wait for the device
-
-
-class NoWait(TorchDispatchMode):
-    """Fails where a program has to wait for the values of a tensor."""
-
-    WAITS = (
-        torch.ops.aten._local_scalar_dense.default,  # .item(), bool(), float(), tolist()
-        torch.ops.aten.nonzero.default,
-        torch.ops.aten.masked_select.default,
-        torch.ops.aten.equal.default,
-        torch.ops.aten.is_nonzero.default,
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.WAITS or (func is torch.ops.aten.index.Tensor and any(_is_mask(i) for i in args[1])):
-            raise AssertionError(f'{func} waits for the device')
-        return func(*args, **kwargs or {})
-
-
-def _is_mask(index):
-    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def transitions(model, node, regime, device='cpu', guard=nullcontext, spy=lambda *_: None, kick=None):
@@ -112,14 +91,6 @@ def test_nothing_in_a_transition_waits_for_the_device(resnet, regime, kick):
 def test_a_wait_would_be_seen(resnet, regime, spy):
     with pytest.raises(AssertionError, match='waits for the device'):
         transitions(resnet, 1, regime, guard=NoWait, spy=spy)
-
-
-class SyncError:
-    def __enter__(self):
-        torch.cuda.set_sync_debug_mode('error')
-
-    def __exit__(self, *_):
-        torch.cuda.set_sync_debug_mode('default')
 
 
 @pytest.mark.gpu

@@ -789,6 +789,28 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     assert "unknown setting 'epochs'" in capsys.readouterr().err
 
 
+def test_a_configuration_adds_to_its_base(tmp_path, capsys):
+    """A recipe or a file, which may have one itself; the command line wins over all."""
+    paths = [tmp_path / f'{name}.yaml' for name in 'abc']
+    paths[0].write_text('base: lenet_mnist\nepochs: 7\nlr: 1e-3\n')
+    paths[1].write_text(f'base: {paths[0]}\nlr: 0.5\n')
+    args = parse(['train', '-c', str(paths[1]), '--batch-size', '32'])
+    assert (args.model, args.epochs, args.lr, args.batch_size) == ('lenet', 7, 0.5, 32)
+    paths[2].write_text(f'base: {paths[2]}\n')
+    for base, error in ((paths[2], 'is its own base'), ('nowhere', "cannot read configuration 'nowhere'")):
+        paths[2].write_text(f'base: {base}\n')
+        with pytest.raises(SystemExit):
+            parse(['train', '-c', str(paths[2])])
+        assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['resnet_cifar10', 'resnet_in100', 'alexnet_in100'])
+def test_recipes_for_a_gpu_have_the_settings_of_the_others(name):
+    ours, theirs = (vars(parse(['train', '-c', recipe])) for recipe in (f'{name}_gpu', name))
+    added = {'data_on_device': True, 'torchcompile': 'inductor', 'workers': 4}
+    assert ours == theirs | added | {'config': f'{name}_gpu'}
+
+
 def test_an_empty_setting_leaves_the_default(tmp_path):
     path = tmp_path / 'config.yaml'
     path.write_text('epochs: null\nlr:\nbatch_size: 7\n')
@@ -841,6 +863,8 @@ def test_recipes_are_valid(recipe):
     train.check_arguments(args)
     types = parse(['train'])
     for key, value in yaml.safe_load((RECIPES / f'{recipe}.yaml').read_text()).items():
+        if key == 'base':
+            continue
         assert getattr(args, key) == value
         default = getattr(types, key)
         assert default is None or isinstance(value, (int, float) if type(default) in (int, float) else type(default))

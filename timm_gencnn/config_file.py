@@ -1,4 +1,7 @@
-"""Command lines that read further flags from a YAML file: `gencnn train -c FILE`."""
+"""Command lines that read further flags from a YAML file: `gencnn train -c FILE`.
+
+A file may name another one, or a recipe, as its `base`, whose settings it adds to and overrides.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -31,7 +34,9 @@ class ConfigParser(argparse.ArgumentParser):
             self.set_defaults(**self._read(given.config, list(vars(given))))
         return super().parse_known_args(args, namespace)
 
-    def _read(self, name: str, known: list[str]) -> dict[str, Any]:
+    def _read(self, name: str, known: list[str], above: Sequence[str] = ()) -> dict[str, Any]:
+        if name in above:
+            self.error(f'configuration {name!r} is its own base')
         path = Path(name)
         if not path.exists() and (RECIPES / f'{name}.yaml').exists():
             path = RECIPES / f'{name}.yaml'
@@ -43,6 +48,7 @@ class ConfigParser(argparse.ArgumentParser):
         if not isinstance(config, dict):
             self.error(f'{path.name}: expected lines of the form "flag_name: value"')
         config = {str(key).replace('-', '_'): value for key, value in config.items()}
+        base = config.pop('base', None)
         folder = config.pop('data', None)
         if folder is not None:  # so that a folder on the command line wins, whichever way it is given
             config['data_dir'] = config.get('data_dir') or folder
@@ -59,7 +65,7 @@ class ConfigParser(argparse.ArgumentParser):
                     config[action.dest] = self._convert(action, config[action.dest])
         except argparse.ArgumentError as error:
             self.error(f'{path.name}: {error}')
-        return config
+        return config if base is None else self._read(str(base), known, [*above, name]) | config
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
         """What a flag makes of its value in the file, converted and checked as on the command line."""

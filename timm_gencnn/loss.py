@@ -54,7 +54,7 @@ def _mean_over_images(x: Tensor, distributed: bool) -> Tensor:
     """Mean over the first axis [n, ...] -> [...], of all ranks together if distributed."""
     if not distributed:
         return x.mean(0)
-    total = _AllReduceSum.apply(torch.cat([x.sum(0).flatten(), x.new_tensor([len(x)])]))
+    total = _AllReduceSum.apply(torch.cat([x.sum(0).flatten(), x.new_full((1,), len(x))]))
     return (total[:-1] / total[-1]).view(x.shape[1:])
 
 
@@ -160,7 +160,7 @@ class GenerativeLoss(nn.Module):
             return loss.sum()
         if not self.distributed:
             return loss.mean()
-        total = loss.new_tensor([len(loss)])
+        total = loss.new_full((1,), len(loss))
         dist.all_reduce(total)
         return loss.sum() * (dist.get_world_size() / total[0])
 

@@ -338,10 +338,9 @@ class Trainer:
         more = train_data.endless(self.unlabeled, epoch) if self.unlabeled is not None else None
         bar = tqdm(total=batches, desc=f'epoch {epoch}', leave=False, disable=None if self.primary else True)
         for i, (images, target) in enumerate(self.loader):
-            if args.no_prefetcher:
-                images, target = images.to(self.device), target.to(self.device)
-                if self.mixup is not None:
-                    images, target = self.mixup(images, target)
+            images, target = images.to(self.device), target.to(self.device)
+            if self.mixup is not None and not isinstance(self.mixup, FastCollateMixup):
+                images, target = self.mixup(images, target)
             extra = {'unlabeled': next(more).to(self.device)} if more is not None and task.generative else {}
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -371,7 +370,7 @@ class Trainer:
                 task.update_ema(step=update)
                 self.schedule.step_update(update)
             if (i + 1) % args.log_interval == 0 or i + 1 == batches:
-                bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
+                bar.set_postfix(loss=f'{values[-1]:.3f}', refresh=False)
                 bar.update(i % args.log_interval + 1)
             recovery = args.recovery_interval and (i + 1) % args.recovery_interval == 0
             if (recovery or i + 1 == batches) and not self._is_finite():  # the last good checkpoint must be one

@@ -1,15 +1,24 @@
-"""Data sets and loaders of `gencnn train` and `gencnn validate`: timm's own, and an in-memory cache."""
+"""Data sets and loaders of `gencnn train` and `gencnn validate`: timm's own, in memory or on the device if asked to."""
 
 import argparse
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, create_transform
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
+
+from . import device_data
+from .device_data import DeviceLoader
+
+COLOR_JITTER = 0.4  # timm's default
+
+_logger = logging.getLogger(__name__)
 
 
 class CachedImages(Dataset):
@@ -127,7 +136,7 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """The mixup or cutmix that the flags ask for, or None."""
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
         return None
-    return (Mixup if args.no_prefetcher else FastCollateMixup)(
+    return (Mixup if args.no_prefetcher or args.data_on_device else FastCollateMixup)(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
@@ -194,17 +203,19 @@ def _train_loader(
     kind: str = 'training',
     **kwargs: Any,
 ) -> Any:
-    if not args.no_prefetcher and device.type == 'mps':
+    if not args.no_prefetcher and not args.data_on_device and device.type == 'mps':
         raise ValueError('timm prefetches to CPU, CUDA and NPU devices only: add --no-prefetcher')
     if args.aug_repeats and (not args.distributed or isinstance(dataset, IterableDataset)):
         raise ValueError(
             '--aug-repeats shows the views of an image to different processes: start several (torchrun), with a data '
             'set that has an index, or leave it out'
         )
+    if args.data_on_device and args.distributed:
+        raise ValueError('--data-on-device keeps all images on one device: leave it out, or start one process')
     plain = args.no_aug or not args.train_interpolation
     interpolation = config['interpolation'] if plain else args.train_interpolation
     loader = create_loader(
-        cached(dataset, random=not args.no_aug) if args.cache_images else dataset,
+        cached(dataset, random=not args.no_aug) if args.cache_images and not args.data_on_device else dataset,
         config['input_size'],
         batch_size,
         is_training=True,
@@ -217,7 +228,7 @@ def _train_loader(
         ratio=args.ratio,
         hflip=args.hflip,
         vflip=args.vflip,
-        color_jitter=args.color_jitter,
+        color_jitter=COLOR_JITTER if args.color_jitter is None else args.color_jitter,
         color_jitter_prob=args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob,
         gaussian_blur_prob=args.gaussian_blur_prob,
@@ -229,12 +240,32 @@ def _train_loader(
         **_loader_arguments(args, config, device),
         **kwargs,
     )
-    if args.train_crop_mode == 'pad' and not args.no_aug:
+    if args.data_on_device:
+        loader = _device_loader(loader, args, config, kind)
+    elif args.train_crop_mode == 'pad' and not args.no_aug:
         _shift_instead_of_zoom(loader.dataset.transform, config['input_size'][1:], interpolation)
     if len(loader) == 0:
         flag = '--batch-size' if kind == 'training' else '--unlabeled-batch-size'
         raise ValueError(f'{len(dataset)} {kind} images do not fill one batch of {batch_size}: lower {flag}')
     return loader
+
+
+def _device_loader(loader: Any, args: argparse.Namespace, config: dict[str, Any], kind: str) -> Any:
+    """The images of timm's loader on the device, at the network's size: what a larger one has beyond it is cut off."""
+    classes = args.num_classes if kind == 'training' else None
+    if args.no_aug:
+        return DeviceLoader(loader, classes=classes, kind=kind)
+    if args.color_jitter is None:
+        _logger.warning(f'--data-on-device: no colour jitter (elsewhere {COLOR_JITTER}); --color-jitter 0 says so')
+    size, interpolation = config['input_size'][1:], config['interpolation']
+    loader.dataset.transform = create_transform(size, interpolation=interpolation, crop_pct=1.0, use_prefetcher=True)
+    return DeviceLoader(loader, partial(_boxes, args=args, size=size), classes, kind)
+
+
+def _boxes(n: int, args: argparse.Namespace, size: Sequence[int]) -> torch.Tensor:
+    pad = args.train_crop_mode == 'pad'
+    boxes = device_data.shifts(n, size) if pad else device_data.crops(n, size, args.scale, args.ratio)
+    return device_data.mirrored(boxes, args.hflip, args.vflip)
 
 
 def _shift_instead_of_zoom(transform: Any, size: Sequence[int], interpolation: str) -> None:
@@ -260,14 +291,15 @@ def eval_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.
         num_samples=args.val_num_samples,
         **_dataset_arguments(args),
     )
-    return create_loader(
-        cached(dataset, random=False) if args.cache_images else dataset,
+    loader = create_loader(
+        cached(dataset, random=False) if args.cache_images and not args.data_on_device else dataset,
         config['input_size'],
         args.validation_batch_size or args.batch_size,
         interpolation=config['interpolation'],
         crop_pct=config['crop_pct'],
         **_loader_arguments(args, config, device),
     )
+    return DeviceLoader(loader, classes=args.num_classes, kind='validation') if args.data_on_device else loader
 
 
 def _dataset_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -287,7 +319,7 @@ def _loader_arguments(args: argparse.Namespace, config: dict[str, Any], device: 
         'distributed': args.distributed,
         'pin_memory': args.pin_mem,
         'device': device,
-        'use_prefetcher': not args.no_prefetcher,
+        'use_prefetcher': args.data_on_device or not args.no_prefetcher,
     }
 
 
