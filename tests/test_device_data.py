@@ -327,15 +327,19 @@ def test_flags_work_together(images, tmp_path, more, device):
     assert all(v.isfinite().all() for v in last(tmp_path / 'run')['state_dict'].values())
 
 
-def steps(images: Path, out: Path, guard, device: str, phase: str, spy=lambda loss: None) -> None:
+MIX = ['--mixup', '0.2', '--cutmix', '1']
+POOL = ['--pool-reference', '--pool-queue', '16']
+
+
+def steps(images: Path, out: Path, guard, device: str, more: list[str], spy=lambda loss: None) -> None:
     """Training steps of one epoch but the first, which notes the ESS, inside `guard`."""
-    more = ['--reprob', '0.5', '--mixup', '0.2', '--cutmix', '1', '--vflip', '0.5', '--model-ema']
+    more = [*more, '--reprob', '0.5', '--model-ema', '--amp', '--amp-dtype', 'bfloat16', '--channels-last']
     more += ['--opt', 'muon' if device == 'cuda' else 'momentum']  # muon reads its count of steps, which is on the CPU
-    more += ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--phase', phase, '--device', device]
-    trainer = make_trainer(flags(images, out, *more))
+    trainer = make_trainer(flags(images, out, *more, '--device', device))
     trainer.task.train()
     for i, (x, y) in enumerate(trainer.loader):
-        x, y = trainer.mixup(x, y)
+        if trainer.mixup is not None:
+            x, y = trainer.mixup(x, y)
         with guard() if i else nullcontext():
             with trainer.autocast:
                 value = trainer.task(x.contiguous(memory_format=torch.channels_last), y)['loss']
@@ -345,12 +349,15 @@ def steps(images: Path, out: Path, guard, device: str, phase: str, spy=lambda lo
     assert i == 2
 
 
-@pytest.mark.parametrize('phase', ['GG', 'DG'])
-def test_no_step_waits_for_the_device(images, tmp_path, monkeypatch, phase):
+PHASES = [['--phase', 'GG', *POOL], ['--phase', 'GG', *MIX], ['--phase', 'DG'], ['--phase', 'DG', *MIX]]
+
+
+@pytest.mark.parametrize('more', PHASES, ids=lambda more: ' '.join(more[1:3]))
+def test_no_step_waits_for_the_device(images, tmp_path, monkeypatch, more):
     monkeypatch.setattr(loss, '_check', lambda *args, **kwargs: None)  # on the CPU alone it looks at the values
-    steps(images, tmp_path, NoWait, 'cpu', phase)
+    steps(images, tmp_path, NoWait, 'cpu', more)
     with pytest.raises(AssertionError, match='waits for the device'):
-        steps(images, tmp_path, NoWait, 'cpu', phase, spy=lambda loss: loss.item())
+        steps(images, tmp_path, NoWait, 'cpu', more, spy=lambda loss: loss.item())
 
 
 def test_no_batch_waits_for_the_device(images, tmp_path):
@@ -365,11 +372,11 @@ def test_no_batch_waits_for_the_device(images, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('phase', ['GG', 'DG'])
-def test_cuda_is_never_waited_for(images, tmp_path, phase):
-    steps(images, tmp_path, SyncError, 'cuda', phase)
+@pytest.mark.parametrize('more', PHASES, ids=lambda more: ' '.join(more[1:3]))
+def test_cuda_is_never_waited_for(images, tmp_path, more):
+    steps(images, tmp_path, SyncError, 'cuda', more)
     with pytest.raises(RuntimeError, match='synchronizing'):
-        steps(images, tmp_path, SyncError, 'cuda', phase, spy=lambda loss: loss.item())
+        steps(images, tmp_path, SyncError, 'cuda', more, spy=lambda loss: loss.item())
     loader = make_trainer(flags(images, tmp_path, '--reprob', '0.5', '--device', 'cuda')).loader
     assert loader.images.is_cuda
     batches = iter(loader)

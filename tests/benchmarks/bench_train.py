@@ -1,9 +1,10 @@
 """What generative training costs, side by side in one run.
 
-    python tests/benchmarks/bench_train.py [step] [loop] [ranks] [--device cuda]
+    python tests/benchmarks/bench_train.py [step] [loop] [loader] [ranks] [--device cuda]
 
 step   a generative step against a discriminative one: ResNet-18, batch 256, 32 px; time and peak memory
 loop   an epoch of `gencnn train` against a bare loop of timm's ClassificationTask and create_loader
+loader an epoch of images of 32 px, without a network: --data-on-device against --cache-images
 ranks  the softmax over the images of all ranks: O(C) reductions against gathering all logits (gloo)
 
 Times on the CPU are CPU seconds of one thread; the ratios are medians and quartiles over rounds, beside those of the
@@ -14,7 +15,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -131,27 +133,60 @@ def bench_step(device: torch.device) -> None:
 
 
 def bench_loop(device: torch.device) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for i in range(512):
-            path = Path(folder, 'train', str(i % 10), f'{i}.png')
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(path)
+    with _noise(28) as folder:
         for phase in ('DG', 'GG'):
             name = f'epoch of 512 images, gencnn train {phase} / timm DG'
             ours, theirs = partial(_our_epoch, folder, phase, device), partial(_bare_epoch, folder, device)
             compare(name, ours, theirs, 8, device)
 
 
-def _our_epoch(folder: str, phase: str, device: torch.device) -> Callable[[], object]:
+def bench_loader(device: torch.device) -> None:
+    with _noise(32) as folder:
+        for crop in ('--train-crop-mode pad', '--scale 0.5 1'):
+            flags = f'{crop} --color-jitter 0 --train-interpolation bilinear --reprob 0.5 --remode const --img-size 32'
+            flags += ' --in-chans 3'
+            ours, theirs = (
+                partial(_images_alone, folder, f'{flags} {kept}', device)
+                for kept in ('--data-on-device', '--cache-images')
+            )
+            compare(f'512 images, {crop}, on device / cached', ours, theirs, 8, device)
+
+
+@contextmanager
+def _noise(size: int) -> Iterator[str]:
+    """A folder of 512 pictures of noise of ten classes."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(512):
+            path = Path(folder, 'train', str(i % 10), f'{i}.png')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(path)
+        yield folder
+
+
+def _trainer(folder: str, flags: str, device: torch.device) -> train.Trainer:
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    flags = f'--model lenet -b 64 -j 0 --lr 0.001 --phase {phase} --device {device} --smoothing 0 --epochs 100'
+    flags += f' --model lenet -b 64 -j 0 --lr 0.001 --device {device} --smoothing 0 --epochs 100'
     flags += f' --data-dir {folder} --val-split= --output {folder}/out'
     args = parser.parse_args(flags.split())
     train.check_arguments(args)
-    trainer = train.Trainer(args, train.utils.init_distributed_device(args))
+    return train.Trainer(args, train.utils.init_distributed_device(args))
+
+
+def _our_epoch(folder: str, phase: str, device: torch.device) -> Callable[[], object]:
+    trainer = _trainer(folder, f'--phase {phase}', device)
     return lambda: trainer.train_one_epoch(0)
+
+
+def _images_alone(folder: str, flags: str, device: torch.device) -> Callable[[], None]:
+    loader = _trainer(folder, f'--phase DG {flags}', device).loader
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    return epoch
 
 
 def _bare_epoch(folder: str, device: torch.device) -> Callable[[], None]:
@@ -224,7 +259,7 @@ def bench_ranks() -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('parts', nargs='*', default=['step', 'loop', 'ranks'])
+    parser.add_argument('parts', nargs='*', default=['step', 'loop', 'loader', 'ranks'])
     parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -236,3 +271,5 @@ if __name__ == '__main__':
         bench_step(device)
     if 'loop' in args.parts:
         bench_loop(device)
+    if 'loader' in args.parts:
+        bench_loader(device)
