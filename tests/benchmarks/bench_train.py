@@ -144,7 +144,7 @@ def bench_loader(device: torch.device) -> None:
     with _noise(32) as folder:
         for crop in ('--train-crop-mode pad', '--scale 0.5 1'):
             flags = f'{crop} --color-jitter 0 --train-interpolation bilinear --reprob 0.5 --remode const --img-size 32'
-            flags += ' --in-chans 3'
+            flags += ' --in-chans 3 --mean 0.5 --std 0.25'
             ours, theirs = (
                 partial(_images_alone, folder, f'{flags} {kept}', device)
                 for kept in ('--data-on-device', '--cache-images')
