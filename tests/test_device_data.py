@@ -429,17 +429,22 @@ def test_several_processes_are_refused(images, tmp_path):
         train_data.train_loader(args, config, torch.device('cpu'), None)
 
 
-def test_a_stream_of_images_is_refused():
+def test_a_stream_of_images_and_no_images_are_refused():
     class Stream(torch.utils.data.IterableDataset):
         transform = None
 
         def __iter__(self):
             return iter(())
 
-    source = torch.utils.data.DataLoader(Stream(), batch_size=2)
-    loader = device_data.PrefetchLoader(source, (0.5,), (0.5,), 1, torch.device('cpu'))
-    with pytest.raises(ValueError, match='--data-on-device needs a data set with an index, not Stream: leave it out'):
-        device_data.DeviceLoader(loader)
+    nothing = torch.utils.data.TensorDataset(torch.empty(0))
+    for data, message in (
+        (Stream(), '--data-on-device needs a data set with an index, not Stream: leave it out'),
+        (nothing, 'the data set has no training images'),
+    ):
+        source = torch.utils.data.DataLoader(data, batch_size=2)
+        loader = device_data.PrefetchLoader(source, (0.5,), (0.5,), 1, torch.device('cpu'))
+        with pytest.raises(ValueError, match=message):
+            device_data.DeviceLoader(loader)
 
 
 def test_too_little_memory_names_the_remedy():

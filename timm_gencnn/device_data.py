@@ -35,7 +35,7 @@ class DeviceLoader:
         targets: Their targets [N].
 
     Raises:
-        ValueError: A data set without an index, a class out of range, too little memory.
+        ValueError: A data set without an index or without images, a class out of range, too little memory.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class DeviceLoader:
         if isinstance(dataset, IterableDataset):
             name = type(dataset).__name__
             raise ValueError(f'--data-on-device needs a data set with an index, not {name}: leave it out')
+        if not len(dataset):
+            raise ValueError(f'the data set has no {kind} images')
         assert source.batch_size is not None
         self.batch_size = source.batch_size
         self.training = source.drop_last
