@@ -386,6 +386,11 @@ def test_cuda_is_never_waited_for(images, tmp_path, more):
         assert len(list(batches)) == 2
 
 
+def test_images_on_the_device_are_not_cached_as_well(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_data, 'cached', lambda *args, **kwargs: pytest.fail('two copies'))
+    make_trainer(flags(images, tmp_path, '--cache-images'))
+
+
 # Faults
 
 
