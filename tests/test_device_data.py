@@ -313,7 +313,7 @@ def test_training_on_digits_learns(tmp_path, crop):
 @pytest.mark.parametrize(
     'more',
     [
-        ['--no-aug', '--mixup', '0.5', '--mixup-mode', 'elem', '--phase', 'GG'],
+        ['--no-aug', '--aa', 'rand-m4', '--mixup', '0.5', '--mixup-mode', 'elem', '--phase', 'GG'],
         ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--reprob', '0.5', '--grad-accum-steps', '2'],
         ['--torchcompile', 'eager', '--model-ema', '--opt', 'muon', '--clip-grad', '1'],
         ['--val-split', '', '--no-prefetcher', '--cache-images', '--aa', '', '--train-crop-mode', 'pad'],
