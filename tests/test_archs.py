@@ -8,6 +8,7 @@ import torch
 from timm.layers import ConvNormAct
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_gencnn  # noqa: F401  (registers the architectures)
 from timm_gencnn.archs import AlexNet, AlexNetSmall, LeNet, ZFNet
@@ -248,3 +249,23 @@ def test_a_pooling_block_is_its_formula():
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
     return norm.running_mean, norm.running_var, norm.weight, norm.bias
+
+
+@pytest.mark.parametrize('name', [*NAMES, 'gencnn_lenet'])
+def test_networks_can_be_scripted_and_traced(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=64).eval()
+    images, tap = torch.randn(2, model.in_chans, 64, 64), model.feature_info[1]['module']
+    with torch.no_grad():
+        maps = create_feature_extractor(model, [tap])(images)[tap]
+        assert torch.equal(maps, model.forward_intermediates(images, indices=[1], intermediates_only=True)[0])
+    shared = nn.Tanh()  # one module in several places, which a list of distinct children has once
+    for layer, module in list(model.named_children()):
+        if isinstance(module, nn.ReLU):
+            setattr(model, layer, shared)
+    wrong = torch.randn(1, model.in_chans, 96, 96)
+    for form in torch.jit.script(model), torch.fx.symbolic_trace(model):
+        with torch.no_grad():
+            assert torch.equal(form(images), model(images))
+        with pytest.raises(Exception, match=r'give images of \(64, 64\) pixels'):  # a script has errors of its own
+            form(wrong)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -182,17 +181,25 @@ class ConvNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images [n, C, H, W] to the last feature map."""
-        for name in self.feature_layers:
-            x = self.get_submodule(name)(x)
-        return x
+        return self._run(x, 0, len(self.feature_layers))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map the last feature map to logits [n, num_classes], or to the last hidden layer with `pre_logits`."""
         _check_feature_size(x, self.feature_size, self.img_size)
         x = x.flatten(1)
-        for name in self.head_layers:
-            x = self.get_submodule(name)(x)
-        return x if pre_logits else self.get_submodule(self.classifier_name)(x)
+        first, last = len(self.feature_layers), len(self.feature_layers) + len(self.head_layers)
+        return self._run(x, first, last if pre_logits else last + 1)
+
+    def _run(self, x: Tensor, first: int, last: int) -> Tensor:
+        """The layers first, first + 1, ..., last - 1, in the order in which they were made."""
+        if torch.jit.is_scripting():  # a script finds its layers by their order alone
+            for i, layer in enumerate(self.children()):
+                if first <= i < last:
+                    x = layer(x)
+        else:
+            for name in (*self.feature_layers, *self.head_layers, self.classifier_name)[first:last]:
+                x = self.get_submodule(name)(x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [n, C, H, W] to logits [n, num_classes]."""
@@ -216,10 +223,10 @@ def _check_global_pool(global_pool: str | None) -> None:
         raise ValueError(f"global_pool is {global_pool!r}, but the fully connected layers read the whole map: use ''")
 
 
-@register_notrace_function
+@torch.fx.wrap  # traced as one call: a symbol has no shape to compare
 def _check_feature_size(x: Tensor, size: tuple[int, int], img_size: tuple[int, int]) -> None:
-    if tuple(x.shape[-2:]) != size:
+    if x.shape[-2] != size[0] or x.shape[-1] != size[1]:
         raise ValueError(
-            f'feature map of {tuple(x.shape[-2:])} where the classifier needs {size}: give images of {img_size} '
-            'pixels, or create the model with another img_size'
+            f'feature map of {x.shape[-2]} x {x.shape[-1]} where the classifier needs {size}: give images of '
+            f'{img_size} pixels, or create the model with another img_size'
         )
