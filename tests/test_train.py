@@ -25,6 +25,7 @@ from pictures import SIZE, draw_bars
 from PIL import Image
 from ranks import assert_no_gloo_thread, become_rank, unused_port
 from safetensors.torch import load_file
+from timm.data import resolve_input_data_config
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
@@ -331,6 +332,15 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, 
         (['--initial-checkpoint', '/nowhere'], "--initial-checkpoint '/nowhere' is not a file"),
         (['--device', 'abacus'], 'cannot start on --device abacus'),
         (['--opt-kwargs', 'slope=1'], "cannot create optimizer 'sgd'"),
+        (['--aa', 'randm9'], "--aa 'randm9' is no policy of timm's"),
+        (['--aa', 'rand-x9'], "give one like 'v0'"),
+        (['--torchcompile', 'indoctor'], "--torchcompile 'indoctor', --torchcompile-mode None: Invalid backend"),
+        (['--torchcompile', '--torchcompile-mode', 'fast'], "mode 'fast': Unrecognized mode=fast, should be one of"),
+        (['--mean', '0.1', '0.2'], 'mean must have one value or 1 values, got 2'),
+        (['--model', 'test_resnet', '--std', '0.1', '0.2'], 'std must have one value or 3 values, got 2'),
+        (['--input-size', '2', '28', '28', '--in-chans', '1'], 'Conflicting input channel counts'),
+        (['--val-split', 'tset'], "has no sub-folder 'tset', only train, validation: name one of these"),
+        (['--train-split', 'train[:10]'], "split 'train[:10]': folders have no slices"),
     ],
 )
 def test_bad_flags_are_one_line(images, tmp_path, capsys, more, message):
@@ -343,7 +353,10 @@ def test_too_few_unlabeled_images_name_their_flag(images, tmp_path, capsys):
     assert '12 unlabeled images do not fill one batch of 13: lower --unlabeled-batch-size' in error
 
 
-@pytest.mark.parametrize('more', [['--interpolation', 'cubic'], ['--train-interpolation', 'cubic'], ['--scale', '0.5']])
+@pytest.mark.parametrize(
+    'more',
+    [['--interpolation', 'cubic'], ['--train-interpolation', 'cubic'], ['--scale', '0.5'], ['--remode', 'noise']],
+)
 def test_values_of_flags_are_checked(images, tmp_path, capsys, more):
     with pytest.raises(SystemExit):
         cli.main(flags(images, tmp_path, *more))
@@ -414,7 +427,7 @@ def test_dropout_is_the_networks_own_unless_it_is_given(images, tmp_path):
         (['--in-chans', '3'], (3, 28, 28)),  # timm's train.py loads one channel, as lenet's configuration says
         (['--img-size', '32'], (1, 32, 32)),  # and here three
         (['--model', 'test_resnet', '--in-chans', '1'], (1, 160, 160)),
-        (['--input-size', '2', '28', '28', '--in-chans', '1', '--mean', '0.5'], (1, 28, 28)),
+        (['--mean', '0.5', '--std', '0.5'], (1, 28, 28)),
     ],
     ids=lambda v: ' '.join(map(str, v)),
 )
@@ -425,7 +438,8 @@ def test_images_have_the_channels_of_the_network(images, tmp_path, more, shape):
         batch, target = next(iter(loader))
         assert batch.shape[1:] == shape
     assert trainer.task(batch, target)['output'].shape == (len(batch), CLASSES)
-    assert yaml.safe_load((tmp_path / 'run/args.yaml').read_text())['input_size'] == list(shape)
+    recorded = yaml.safe_load((tmp_path / 'run/args.yaml').read_text())
+    assert resolve_input_data_config(trainer.task.trainable_module, recorded)['input_size'] == shape
 
 
 @pytest.mark.parametrize('crop', [[], ['--train-crop-mode', 'pad']], ids=' '.join)
@@ -537,6 +551,24 @@ def test_the_zoo_folds_intercepts_into_biases_that_were_not_learned(images, parq
 def test_no_data_set_is_a_clear_error():
     with pytest.raises(ValueError, match=r'no data set was named, .*give --dataset'):
         train_data.open_dataset('', None, 'train', 3)
+
+
+def test_a_folder_is_read_whole_only_where_it_has_no_splits(images):
+    """timm reads the whole folder in place of a split that is not there."""
+
+    def size(root: Path, split: str) -> int:
+        return len(train_data.open_dataset('', str(root), split, 3))
+
+    assert (size(images, 'train'), size(images, 'val'), size(images, '.')) == (48, 12, 60)
+    assert size(images / 'train', 'train') == size(images / 'train', 'validation') == 48  # classes alone
+    for root, split in ((images, 'tset'), (images / 'train', 'val'), (images / 'train', 'holdout')):
+        with pytest.raises(ValueError, match=f"has no sub-folder '{split}', only .*'.' for the whole folder"):
+            size(root, split)
+    alone = images.with_name('alone')
+    shutil.copytree(images / 'train', alone / 'training')
+    assert size(alone, 'train') == 48
+    with pytest.raises(ValueError, match=r"no sub-folder 'validation', only training: name"):
+        size(alone, 'validation')
 
 
 def test_columns_of_the_labeled_images_are_not_asked_of_an_unlabeled_folder(images, tmp_path):
@@ -844,6 +876,24 @@ def test_only_a_process_group_of_its_own_is_destroyed(monkeypatch, before):
     with pytest.raises(ValueError, match='no image pool'):
         train.main(parse(['train', '--phase', 'GG', '-b', '1', '--device', 'cpu']))
     assert len(destroyed) == (not before)
+
+
+def test_a_resumed_plateau_schedule_goes_on(images, tmp_path, capsys):
+    """At so small a rate no epoch errs less, and each halves it."""
+    more = ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--phase', 'DG', '--lr', '1e-6']
+    more += ['--epochs', '5', '--warmup-epochs', '0', '--checkpoint-hist', '9']
+    assert cli.main(flags(images, tmp_path / 'straight', *more)) == 0
+    rates = [float(row['lr']) for row in csv.DictReader((tmp_path / 'straight/run/summary.csv').open())]
+    assert rates[-1] < rates[2] < rates[0]  # so that there is something to restore
+    shutil.copytree(tmp_path / 'straight/run', tmp_path / 'resumed/run')
+    checkpoint = tmp_path / 'resumed/run/checkpoint-2.pth.tar'
+    assert cli.main(flags(images, tmp_path / 'resumed', *more, '--resume', str(checkpoint))) == 0
+    resumed = list(csv.DictReader((tmp_path / 'resumed/run/summary.csv').open()))
+    assert [float(row['lr']) for row in resumed] == rates
+    (tmp_path / 'resumed/run/summary.csv').unlink()
+    error = failure(capsys, flags(images, tmp_path / 'resumed', *more, '--resume', str(checkpoint)))
+    assert 'goes by the validations before' in error
+    assert 'summary.csv' in error
 
 
 def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):

@@ -219,6 +219,16 @@ def test_columns_and_image_mode(folder, tmp_path):
         assert found['auroc_logit'] == 50  # the same images on both sides
 
 
+def test_images_have_the_channels_that_were_asked_for(folder):
+    """test_resnet's own configuration names three."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=2, in_chans=1).eval()
+    torch.save(model.state_dict(), folder / 'model.pth.tar')
+    argv = ['--model', 'test_resnet', '--checkpoint', str(folder / 'model.pth.tar'), '--mean', '0.5', '--std', '0.5']
+    found = [results_of(folder, *argv, *more) for more in (['--in-chans', '1'], ['--input-size', '1', '160', '160'])]
+    assert found[0] == found[1]
+
+
 def test_class_map_is_not_that_of_the_other_data_set(folder):
     (folder / 'noise/1').rename(folder / 'noise/static')
     (folder / 'noise/0').rename(folder / 'noise/snow')

@@ -77,19 +77,28 @@ def model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None} | (args.get('model_kwargs') or {})
 
 
-def _measured(folder: Path, args: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """What the run measured of a checkpoint: the row of its epoch in summary.csv, if that epoch was validated."""
+def metric_by_epoch(folder: Path, metric: str) -> dict[int, float]:
+    """What a run's validations gave, by epoch, from its summary.csv.
+
+    Raises:
+        FileNotFoundError: There is no summary.csv.
+    """
     with (folder / 'summary.csv').open(encoding='utf-8') as file:
-        epochs = [row for row in csv.DictReader(file) if row.get('eval_top1')]
+        rows = [row for row in csv.DictReader(file) if row.get(f'eval_{metric}')]
+    return {int(row['epoch']): float(row[f'eval_{metric}']) for row in rows}
+
+
+def _measured(folder: Path, args: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What the run measured of a checkpoint, if its epoch was validated."""
+    accuracy = metric_by_epoch(folder, 'top1')
     epoch = load_checkpoint_metadata(str(checkpoint)).get('epoch')
-    row = next((row for row in epochs if int(row['epoch']) == epoch), None)
-    if row is None:
+    if epoch not in accuracy:
         return {}
-    measured = {'split': args.get('val_split', 'validation'), 'test_error': round(100 - float(row['eval_top1']), 4)}
+    measured = {'split': args.get('val_split', 'validation'), 'test_error': round(100 - accuracy[epoch], 4)}
     if checkpoint.name == BEST:
         metric = args.get('eval_metric', 'top1')
         by = '' if metric == 'top1' else f', by {metric}'
-        measured['note'] = f'the best of {len(epochs)} epochs on this split{by}'
+        measured['note'] = f'the best of {len(accuracy)} epochs on this split{by}'
     return measured
 
 

@@ -1,6 +1,7 @@
 """Learning rates: Caffe's "inv" schedule, which timm lacks, and a schedule that starts anew at the switch."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,6 +80,16 @@ class PhaseSchedule:
         """Set the rate for this epoch (counted from the start of training)."""
         if self.scheduler is not None:
             self.scheduler.step(epoch - self.first_epoch, metric)
+
+    def replay(self, epochs: int, metrics: Mapping[int, float]) -> None:
+        """Set the rate for an epoch as if all before it had been gone through.
+
+        Args:
+            epochs: Epochs that are done.
+            metrics: The metric of each that was validated; only a plateau schedule looks at it.
+        """
+        for epoch in range(self.first_epoch, epochs):
+            self.step(epoch + 1, metrics.get(epoch))
 
     def step_update(self, update: int) -> None:
         """Set the rate after this many updates (counted from the start of training)."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from timm import utils
-from timm.data import FastCollateMixup, resolve_data_config
+from timm.data import FastCollateMixup, resolve_input_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.loss import load_class_stats, resolve_class_weights
 from timm.models import create_model, model_parameters, safe_model_name
@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 
 from . import checkpoints, script, train_data
 from .loss import check_targets
-from .model_config import own_config
 from .reference import natural_for
+from .runs import metric_by_epoch
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
 from .train_args import add_arguments, check_arguments, validates_average
@@ -96,7 +96,7 @@ class Trainer:
         if args.fast_norm:
             set_fast_norm()
         model = self._create_model()
-        config = self._data_config(model)
+        config = resolve_input_data_config(model, vars(args))  # images have the channels of the network
         self.reference = natural_for(config, config['input_size'][0], config['input_size'][1:], device)
         model.to(device)
         if args.channels_last:
@@ -134,7 +134,7 @@ class Trainer:
         if args.distributed:
             buffers = {'broadcast_buffers': False} if args.no_ddp_bb else {}
             self.task.prepare_distributed(device_ids=[device], **buffers)
-        self.schedule = self._create_schedule()
+        self.schedule = self._create_schedule(path)
         self.task.optimizer = self.optimizer
         self.task.on_switch = self._switched
         self.saver = self._create_saver(path) if self.primary else None
@@ -171,16 +171,6 @@ class Trainer:
                 nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
         return model
 
-    def _data_config(self, model: nn.Module) -> dict[str, Any]:
-        """timm's, but the images have the channels of the network, which args.yaml then records."""
-        args = self.args
-        config = resolve_data_config(vars(args), model=model)
-        channels = args.in_chans or (args.input_size or own_config(model).get('input_size', (3,)))[0]
-        if channels != config['input_size'][0]:
-            args.input_size = [channels, *config['input_size'][1:]]
-            config = resolve_data_config(vars(args), model=model)
-        return config
-
     def _set_learning_rate(self) -> None:
         """timm's rule: lr, or lr_base scaled by the global batch size."""
         args = self.args
@@ -209,7 +199,12 @@ class Trainer:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
             task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
         if args.torchcompile:
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            try:
+                task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            except RuntimeError as error:
+                backends = ', '.join(torch.compiler.list_backends())
+                given = f'--torchcompile {args.torchcompile!r}, --torchcompile-mode {args.torchcompile_mode!r}'
+                raise ValueError(f'{given}: {error} (backends: {backends})') from error
         return task
 
     def _loss_arguments(self) -> dict[str, Any]:
@@ -245,7 +240,7 @@ class Trainer:
             epoch -= 1  # cut short, it is repeated from its start
         return epoch or 0
 
-    def _create_schedule(self) -> PhaseSchedule:
+    def _create_schedule(self, resumed: str | None) -> PhaseSchedule:
         task = self.task
         schedule = PhaseSchedule(self.optimizer, self.args, self.updates_per_epoch)
         if task.switch_step is not None:
@@ -254,9 +249,18 @@ class Trainer:
             task.switch_epoch = min(task.switch_epoch, self.epoch)  # earlier if the epoch of the switch is repeated
             schedule.restart(*self._epoch_and_update(task.switch_epoch))
         if self.epoch:
-            schedule.step(self.epoch)
+            schedule.replay(self.epoch, self._metrics_before(resumed))
             schedule.step_update(self.epoch * self.updates_per_epoch)
         return schedule
+
+    def _metrics_before(self, resumed: str | None) -> dict[int, float]:
+        """The metrics that a schedule goes by which looks at them."""
+        if self.args.sched != 'plateau' or resumed is None:
+            return {}
+        try:
+            return metric_by_epoch(Path(resumed).parent, self.args.eval_metric)
+        except FileNotFoundError as error:
+            raise ValueError(f'--sched plateau goes by the validations before {resumed!r}: {error}') from error
 
     def _switched(self) -> None:
         self.task.switch_epoch = (self.task.steps - self.first_step) / len(self.loader)

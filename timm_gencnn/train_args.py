@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from timm.data import create_transform
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
 
@@ -195,7 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--asl-gamma-neg', type=float, default=4.0, metavar='X')
     add('--poly-epsilon', type=float, default=2.0, metavar='X')
     add('--reprob', type=float, default=0.0, metavar='P', help='random erasing')
-    add('--remode', default='pixel', metavar='MODE')
+    add('--remode', default='pixel', choices=['const', 'rand', 'pixel'])
     add('--recount', type=int, default=1, metavar='N')
     add('--mixup', type=float, default=0.0, metavar='X')
     add('--cutmix', type=float, default=0.0, metavar='X')
@@ -294,6 +295,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.sched == 'step' and args.decay_epochs <= 0:
         raise ValueError(f'--decay-epochs {args.decay_epochs} must be positive for --sched step')
+    if args.aa:
+        try:
+            create_transform(8, is_training=True, auto_augment=args.aa)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"--aa {args.aa!r} is no policy of timm's ({error}): give one like 'v0', 'original', '3a', "
+                "'rand-m9-mstd0.5-inc1' or 'augmix-m3-w3'"
+            ) from error
     if args.resume == 'auto' and not args.experiment:
         raise ValueError("--resume auto needs --experiment, the name of the run's folder")
     if args.amp and args.device == 'cpu' and args.amp_dtype == 'float16':

@@ -5,10 +5,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, create_transform
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
@@ -84,6 +86,8 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
     """
     if not name and root is None:
         raise ValueError(f'no data set was named, split {split!r}: give --dataset, or --data-dir for a folder')
+    if '/' not in name and root is not None:
+        _check_folder_split(root, split)
     kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
     try:
         return create_dataset(name, root=root, split=split, **kwargs)
@@ -91,6 +95,26 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
         where = f'data set {name!r}' if name else 'image folder'
         where += f' in {root!r}' if root else ''
         raise ValueError(f'cannot open {where}, split {split!r}: {error}') from error
+
+
+def _check_folder_split(root: str, split: str) -> None:
+    """Refuse a split that a folder does not have, in whose place timm would read the whole folder.
+
+    A folder of classes alone is read whole under the names that stand for no choice, 'train' and 'validation'.
+    """
+    if '[' in split:
+        raise ValueError(
+            f'split {split!r}: folders have no slices, {root!r} would be read whole: leave out the brackets'
+        )
+    if not Path(root).is_dir() or _search_split(root, split) != root:
+        return
+    there = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
+    if split in ('train', 'validation') and not {'test', *_TRAIN_SYNONYM, *_EVAL_SYNONYM} & set(there):
+        return
+    shown = ', '.join(there[:10]) or 'none'
+    raise ValueError(
+        f"{root!r} has no sub-folder {split!r}, only {shown}: name one of these, or '.' for the whole folder"
+    )
 
 
 def plain_loader(

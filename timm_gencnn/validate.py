@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models import create_model, load_checkpoint
 from timm.task import ClassificationEvaluator
 from timm.utils import ParseKwargs
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     model = _create_model(args).to(device).eval()
     # published figures are those at the published test size; a run is validated at the size it was trained with
-    config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
+    config = resolve_input_data_config(model, vars(args), use_test_size=not args.checkpoint)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
 
