@@ -496,8 +496,8 @@ def test_push_command(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
     ('arguments', 'message'),
     [
         (['gencnn_lenet.vis_mnist', '--num-classes', '5'], '--num-classes 5 is that of a --checkpoint'),
-        (['RUN', '--num-classes', '5'], '--num-classes 5 is that of a --checkpoint'),
-        (['RUN', '--checkpoint', 'WEIGHTS'], 'leave out --checkpoint'),
+        (['RUN', '--num-classes', '5'], 'is a training run .*: leave out num_classes'),
+        (['RUN', '--checkpoint', 'WEIGHTS'], 'is a training run .*: leave out checkpoint'),
         (['gencnn_lennet'], "unknown model 'gencnn_lennet': did you mean gencnn_lenet"),
         (['gencnn_test_resnet.gone'], 'has no pretrained weights.*: pretrained are gencnn_test_resnet.r160_in1k'),
         (['local-dir:gone'], "cannot load 'local-dir:gone'"),

@@ -8,8 +8,10 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from timm_gencnn import GenerativeMixin, push_to_hub
+import timm_gencnn
+from timm_gencnn import GenerativeMixin, cli, push_to_hub
 from timm_gencnn.runs import load_run
+from timm_gencnn.samples import read_metadata
 
 SUMMARY = """epoch,train_loss,eval_loss,eval_top1,eval_top5,lr
 0,1,0.9,90.0,100,0.1
@@ -155,6 +157,72 @@ def test_a_run_that_started_from_a_folder(write_run, tmp_path, name):
     assert isinstance(loaded, GenerativeMixin)
     assert loaded.log_z is None
     assert torch.equal(logits(loaded), logits(trained))
+
+
+def test_pictures_of_a_run_are_those_of_its_network_preprocessing_and_classes(write_run, tmp_path, capsys):
+    trained = network(in_chans=1)
+    folder = write_run(trained, in_chans=1, input_size=[1, 48, 48], mean=[0.3], std=[0.2])
+    (folder / 'class_map.txt').write_text('left\nmiddle\nfar right\n')
+    trained.pretrained_cfg |= {'input_size': (1, 48, 48), 'mean': (0.3,), 'std': (0.2,)}
+    expected = timm_gencnn.visualize(trained, 2, n=2, steps=8, progress=False)
+    out = tmp_path / 'a.png'
+    assert cli.main(['visualize', str(folder), 'far right', '-n', '2', '--steps', '8', '--out', str(out)]) == 0
+    drawn = read_metadata(out)
+    assert drawn['nodes'] == ['2 far right']
+    assert drawn['settings']['weights'] == expected.settings['weights']
+    assert drawn['settings']['mean'] == [0.3]
+    found = timm_gencnn.visualize(str(folder), 'far right', n=2, steps=8, progress=False)
+    assert torch.equal(found.images, expected.images)
+    assert cli.main(['visualize', '--like', str(out), '--out', str(tmp_path / 'b.png')]) == 0
+    assert cli.main(['gallery', str(folder), '--nodes', 'left', '--steps', '8', '--out', str(tmp_path / 'page')]) == 0
+    assert cli.main(['nodes', str(folder), 'fc']) == 0
+    assert '1 layers, 3 channels' in capsys.readouterr().out
+    assert torch.equal(logits(timm_gencnn.from_pretrained(str(folder)), 1), logits(trained, 1))
+    push_to_hub(load_run(folder)[0], 'alice/net', dry_run=tmp_path / 'published')
+    pulled = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True)
+    assert pulled.pretrained_cfg['label_names'] == ['left', 'middle', 'far right']
+
+
+def test_synsets_of_imagenet_have_their_words(write_run):
+    folder = write_run(network())
+    (folder / 'class_map.txt').write_text('n01443537\nn01440764\nn01484850\n')
+    for node in ('tench', 'n01440764'):
+        assert timm_gencnn.visualize(str(folder), node, n=1, steps=8, size=32, progress=False).nodes == ['1 tench']
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['test_resnet', '1', '--checkpoint', '{run}'], 'is a training run: give it in place of'),
+        (['{run}', '1', '--num-classes', '3'], 'of its own: leave out num_classes'),
+        (['{run}/model_best.pth.tar', '1'], 'give the folder of the run, or a model and this file as --checkpoint'),
+        (['{run}/..', '1'], 'no training run is in this folder'),
+        (['{run}/gone', '1'], 'there is no such folder either'),
+        (['test_resnet', '1', '--checkpoint', '{run}/model_best.pth.tar'], 'with other --num-classes or'),
+        (['test_resnet', '1', '--num-classes', '3'], '--num-classes 3 is that of a --checkpoint'),
+    ],
+)
+def test_what_is_no_run_says_what_to_give(write_run, tmp_path, capsys, argv, message):
+    run = str(write_run(network()))
+    argv = ['visualize', *(word.format(run=run) for word in argv), '--out', str(tmp_path / 'a.png')]
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_of_a_checkpoint_alone(write_run, tmp_path):
+    """The flags of the network must be given."""
+    run = write_run(network(stem_width=8))
+    argv = ['visualize', 'test_resnet', '2', '--steps', '8', '--size', '32', '--out', str(tmp_path / 'a.png')]
+    argv += ['--checkpoint', str(run / 'model_best.pth.tar'), '--num-classes', '3', '--model-kwargs', 'stem_width=8']
+    assert cli.main(argv) == 0
+    assert cli.main(argv[:-2]) == 2  # another network, which the weights do not fit
+
+
+def test_other_settings_are_no_run(write_run):
+    folder = write_run(network())
+    (folder / 'args.yaml').write_text('epochs: 3\n')
+    with pytest.raises(ValueError, match=r'args.yaml names no model: it is not that of a training run'):
+        load_run(folder)
 
 
 def test_a_checkpoint_that_does_not_fit(write_run):

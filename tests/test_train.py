@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from timm.utils import natural_key
 
 from timm_gencnn import checkpoints, cli, train, train_args, train_data, validate
 from timm_gencnn.config_file import RECIPES, ConfigParser
+from timm_gencnn.samples import read_metadata
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
 from timm_gencnn.train_args import add_arguments
 
@@ -85,6 +87,16 @@ def straight(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('straight')
     assert cli.main(flags(images, out, *FULL)) == 0
     return out / 'run'
+
+
+def test_a_run_ends_with_the_command_that_shows_what_it_learned(images, tmp_path, capsys, monkeypatch):
+    run = tmp_path / 'my runs'
+    assert cli.main(flags(images, run, '--epochs', '1', '--phase', 'DG')) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix('to see what it learned: '))
+    assert command == ['gencnn', 'visualize', f'{run}/run', '0', '1', '2']
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command[1:], '-n', '1', '--steps', '8']) == 0
+    assert read_metadata('samples.png')['nodes'] == ['0 class0', '1 class1', '2 class2']
 
 
 def test_writes_what_timm_writes(straight):

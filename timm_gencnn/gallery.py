@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from .chains import Schedule
-from .networks import default_device, load, load_model, weights_digest
+from .networks import MODEL, default_device, load, load_model, weight_arguments, weights_digest
 from .node_lists import expand
 from .nodes import resolve
 from .page import Entry, read_entry, render
@@ -63,7 +63,8 @@ def gallery(
     page also shows what earlier calls have drawn into `out` with the same weights and settings.
 
     Args:
-        model: A name for `timm.create_model` or any module in eval mode that takes images [N, C, H, W].
+        model: A name for `timm.create_model`, the folder of a training run, or any module in eval mode that takes
+            images [N, C, H, W].
         nodes: Nodes and patterns: `'layer3.*:0-15'`, `'conv1:*'`, `'0-9'`, `207`, `'goldfish'` (see
             `timm_gencnn.node_lists.expand`).
         out: Folder for `index.html` and `images/`, made if it does not exist.
@@ -277,7 +278,7 @@ class _Folder:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gencnn gallery`."""
-    parser.add_argument('model', help='a timm model name, hf-hub:USER/REPO or local-dir:FOLDER')
+    parser.add_argument('model', help=MODEL)
     parser.add_argument(
         '--nodes', nargs='+', action='extend', required=True, help="nodes and patterns: 'layer3.*:0-15', 0-9, goldfish"
     )
@@ -292,7 +293,8 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         ValueError: As `gallery`, or some nodes could not be drawn; the page is written all the same.
     """
-    model = load_model(args.model, checkpoint_path=args.checkpoint) if args.checkpoint else args.model
+    weights = weight_arguments(args)
+    model = load_model(args.model, **weights) if weights else args.model
     asked = Sampling(**{'n': IMAGES} | sampling_arguments(args))
     folder = _gallery(model, args.nodes, Path(args.out), args.overwrite, default_device(args.device), True, asked)
     failed, total = folder.failed(), len(folder.wanted)

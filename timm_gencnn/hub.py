@@ -39,6 +39,7 @@ from . import zoo
 from .card import is_untouched, render_card
 from .config_check import check_hash, read_config
 from .model_config import WEIGHTS, own_config, write_model
+from .networks import MODEL, add_weight_arguments, load_model, weight_arguments
 from .registry import PREFIX
 from .runs import is_run, load_run
 from .samples import Samples
@@ -170,11 +171,13 @@ def from_pretrained(
 ) -> nn.Module:
     """Load a generative checkpoint from the Hub, checking what was downloaded before anything is built from it.
 
+    Or that of a training run from its folder, best epoch first.
+
     `timm.create_model('hf-hub:USER/REPO@REV', pretrained=True)` loads the same model. This function takes a token,
     checks config.json whole and each file's hash, and says what is wrong in terms of the repository.
 
     Args:
-        repo_id: 'USER/REPO', or 'USER/REPO@REVISION'.
+        repo_id: 'USER/REPO', or 'USER/REPO@REVISION'; or the folder of a training run, which takes nothing more.
         revision: Branch, tag or commit. None for 'main'.
         token: Hub token; None for the one that `hf auth login` stored, or HF_TOKEN.
         cache_dir: Where downloads are kept; None for the Hub's own cache. With HF_HUB_OFFLINE=1 nothing else is read.
@@ -187,6 +190,8 @@ def from_pretrained(
         ValueError: If the repository does not hold a generative checkpoint, or what it holds does not pass the checks.
         OSError: If the Hub refuses or fails, or the download is damaged (it is then removed from the cache).
     """
+    if is_run(repo_id):
+        return load_model(repo_id, **kwargs)
     repo_id, _, tagged = repo_id.partition('@')
     _check_repo_id(repo_id)
     revision = revision or tagged or None
@@ -379,10 +384,9 @@ def _remedy(error: BaseException) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gencnn push`."""
     add = parser.add_argument
-    add('model', help="model name: 'gencnn_lenet.vis_mnist', 'local-dir:FOLDER', or an architecture with --checkpoint")
+    add('model', help=MODEL)
     add('repo_id', metavar='USER/REPO', help='where to publish; made if it does not exist')
-    add('--checkpoint', metavar='FILE', help='weights to publish, as timm or gencnn train saved them')
-    add('--num-classes', type=int, help='number of classes of --checkpoint')
+    add_weight_arguments(parser)
     add(
         '--nodes', nargs='+', default=[], metavar='NODE', help='draw these nodes for the card, as gencnn visualize does'
     )
@@ -412,24 +416,16 @@ def main(args: argparse.Namespace) -> None:
         ValueError: If there is no such model, its weights cannot be read, or flags contradict each other.
         OSError: If a file cannot be read, or the Hub refuses or fails.
     """
-    from .networks import load_model
     from .visualize import visualize
 
     measured: dict[str, Any] = {}
     shipped = args.model.removeprefix(PREFIX)
-    if args.num_classes is not None and not args.checkpoint:
-        raise ValueError(
-            f'--num-classes {args.num_classes} is that of a --checkpoint: without one it would give the network a new, '
-            'untrained head'
-        )
-    if is_run(args.model):
-        if args.checkpoint:
-            raise ValueError(f'{args.model} is a run with a best checkpoint of its own: leave out --checkpoint')
+    weights = weight_arguments(args)
+    if is_run(args.model) and not weights:
         model, measured = load_run(args.model)
     else:
-        weights = {'checkpoint_path': args.checkpoint, 'num_classes': args.num_classes} if args.checkpoint else {}
         model = load_model(args.model, **weights)
-        if shipped in zoo.names() and not args.checkpoint:
+        if shipped in zoo.names() and not weights:
             measured = zoo.read(shipped)
     if args.results:
         measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))

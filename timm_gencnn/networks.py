@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,11 +10,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 from .model_config import own_config
 from .probes import exclusive, without_checkpointing
 from .registry import check_checkpoint, check_name
+from .runs import is_run, load_run
+
+MODEL = 'a timm model name, hf-hub:USER/REPO, local-dir:FOLDER, or the folder of a training run'  # on command lines
 
 
 def load(model: str | nn.Module, device: str | torch.device | None) -> tuple[nn.Module, str, torch.device]:
@@ -32,17 +37,28 @@ def load(model: str | nn.Module, device: str | torch.device | None) -> tuple[nn.
 
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model(name, pretrained=True)` in eval mode, with clear errors.
+    """`timm.create_model(name, pretrained=True)`, or the network of a training run, in eval mode, with clear errors.
 
     Args:
-        name: A registered name such as 'gencnn_resnet50' or 'resnet50.a1_in1k', 'hf-hub:USER/REPO' or
-            'local-dir:FOLDER'.
+        name: A registered name such as 'gencnn_resnet50' or 'resnet50.a1_in1k', 'hf-hub:USER/REPO',
+            'local-dir:FOLDER', or the folder of a training run (see `timm_gencnn.runs`).
         **kwargs: Passed on to `timm.create_model`.
 
     Raises:
-        ValueError: The model is unknown, has no pretrained weights, or they cannot be read.
+        ValueError: The model is unknown, has no pretrained weights, or they cannot be read; its classifier would be a
+            new one; or a run is to have other weights or arguments than its own.
     """
+    if is_run(name):
+        if kwargs:
+            own = 'a training run with a checkpoint and arguments of its own'
+            raise ValueError(f'{name!r} is {own}: leave out {", ".join(kwargs).replace("_path", "")}')
+        return load_run(name)[0]
     check_name(name)
+    if 'num_classes' in kwargs and not kwargs.get('checkpoint_path'):
+        raise ValueError(
+            f'--num-classes {kwargs["num_classes"]} is that of a --checkpoint: without one it would give the network a '
+            'new, untrained head'
+        )
     arch = name.split('.')[0]
     if ':' not in name and not kwargs.get('checkpoint_path') and not timm.models.is_model_pretrained(name):
         tags = timm.list_pretrained(f'{arch}.*')
@@ -56,7 +72,30 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         raise
     except Exception as e:  # downloads and files fail in many ways; all mean that the weights could not be had
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:500]
-        raise ValueError(f'cannot load {name!r}: {reason}') from e
+        other = ' (with other --num-classes or --model-kwargs?)' if 'size mismatch' in reason else ''
+        raise ValueError(f'cannot load {name!r}{other}: {reason}') from e
+
+
+def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which weights a named architecture has."""
+    add = parser.add_argument
+    add('--checkpoint', metavar='FILE', help='weights for the model, as timm or gencnn train saved them')
+    add('--num-classes', type=int, metavar='N', help='number of classes of --checkpoint')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further arguments of the architecture')
+
+
+def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of `load_model` that were given.
+
+    Raises:
+        ValueError: The checkpoint is the folder of a run.
+    """
+    if args.checkpoint and is_run(args.checkpoint):
+        raise ValueError(
+            f'{args.checkpoint!r} is a training run: give it in place of {args.model!r}, not as --checkpoint'
+        )
+    given = {'checkpoint_path': args.checkpoint, 'num_classes': args.num_classes}
+    return {name: value for name, value in given.items() if value is not None} | args.model_kwargs
 
 
 def move(model: nn.Module, device: str | torch.device) -> None:

@@ -17,6 +17,7 @@ from .layouts import layout_of, preactivation
 from .names import WEIGHT
 from .probes import Probe, Size, Tap, check_model, probe_for, single_tensor
 from .registry import check_name
+from .runs import is_run, load_run
 
 
 @dataclass(frozen=True)
@@ -133,16 +134,21 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gencnn nodes`."""
-    parser.add_argument('model', help='a timm model name, such as resnet18 or gencnn_lenet.vis_mnist')
+    parser.add_argument(
+        'model', help='a timm model name, such as gencnn_lenet.vis_mnist, or the folder of a training run'
+    )
     parser.add_argument('pattern', nargs='?', help="shell-style pattern of layer names, such as 'layer3.*'")
     parser.add_argument('--size', type=int, help="image side in pixels (default: the model's own)")
 
 
 def main(args: argparse.Namespace) -> None:
     """Prints the layers of a model, with channels, layout and shape; the weights do not matter and are not loaded."""
-    check_name(args.model)
     try:
-        model = timm.create_model(args.model, pretrained=False).eval()
+        if is_run(args.model):
+            model = load_run(args.model)[0]
+        else:
+            check_name(args.model)
+            model = timm.create_model(args.model, pretrained=False).eval()
     except RuntimeError as error:  # a tag that the architecture does not have
         tags = ', '.join(timm.list_pretrained(args.model.split('.')[0] + '.*')) or 'none'
         raise ValueError(f'cannot create model {args.model!r}: {error} Pretrained are {tags}') from error

@@ -7,6 +7,7 @@ and then gives it the generative class. Its pretrained cfgs are timm's own under
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import warnings
 from collections import deque
@@ -82,6 +83,12 @@ def check_name(name: str) -> None:
     if ':' not in name and not is_model(arch):
         near = difflib.get_close_matches(arch, list_models(), n=3, cutoff=0.5)
         hint = f'did you mean {", ".join(near)}?' if near else 'timm.list_models() lists them'
+        if os.path.isdir(name):
+            hint = f"no training run is in this folder (there is no args.yaml); a Hub folder is 'local-dir:{name}'"
+        elif os.path.isfile(name):
+            hint = 'give the folder of the run, or a model and this file as --checkpoint'
+        elif os.sep in name:
+            hint = 'there is no such folder either'
         raise ValueError(f'unknown model {name!r}: {hint}')
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import yaml
-from timm.data import resolve_input_data_config
+from timm.data import ImageNetInfo, resolve_input_data_config
 from timm.models import load_checkpoint
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
@@ -19,6 +19,7 @@ from .registry import PREFIX, check_checkpoint
 from .train_args import validates_average
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
+CLASS_MAP = 'class_map.txt'  # a class a line, as --class-map takes it
 
 
 def is_run(folder: str | Path) -> bool:
@@ -33,13 +34,16 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         folder: The run's output folder, with args.yaml, summary.csv and model_best.pth.tar (else last.pth.tar).
 
     Returns:
-        The generative model in evaluation mode, and `results`, `recipe` and `data_config` for `push_to_hub`.
+        The generative model in evaluation mode, whose `pretrained_cfg` has the preprocessing and the class names of the
+        run, and `results`, `recipe` and `data_config` for `push_to_hub`.
 
     Raises:
-        ValueError: If the folder holds no checkpoint, or one that does not fit its args.yaml.
+        ValueError: If the folder holds no checkpoint, or one that does not fit its args.yaml, or that names no model.
     """
     folder = Path(folder)
     args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+    if not (isinstance(args, dict) and isinstance(args.get('model'), str)):
+        raise ValueError(f'{folder / "args.yaml"} names no model: it is not that of a training run')
     checkpoint = next((path for name in (BEST, LAST) if (path := folder / name).exists()), None)
     if checkpoint is None:
         raise ValueError(f'{folder} has neither {BEST} nor {LAST}: has the run finished an epoch?')
@@ -49,16 +53,18 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         name = PREFIX + name.removeprefix(PREFIX)
     overlay = args.get('pretrained_cfg_overlay') or None
     try:
-        model = as_generative(timm.create_model(name, pretrained_cfg_overlay=overlay, **model_arguments(args)))
+        model: Any = as_generative(timm.create_model(name, pretrained_cfg_overlay=overlay, **model_arguments(args)))
         load_checkpoint(model, str(checkpoint), use_ema=validates_average(args))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
+    data_config = resolve_input_data_config(model, args)
+    model.pretrained_cfg.update(data_config | _labels(folder))
     results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)
     settings = {key: value for key, value in args.items() if _is_setting(value)}
     return model.eval(), {
         'results': results,
         'recipe': {'settings': settings},
-        'data_config': resolve_input_data_config(model, args),
+        'data_config': data_config,
     }
 
 
@@ -75,6 +81,18 @@ def model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {'global_pool': args.get('gp'), **{name: args.get(name) for name in names}}
     arguments['in_chans'] = args.get('in_chans') or (args.get('input_size') or [None])[0]
     return {name: value for name, value in arguments.items() if value is not None} | (args.get('model_kwargs') or {})
+
+
+def _labels(folder: Path) -> dict[str, Any]:
+    """The entries of a configuration that name the classes; ImageNet's synsets by their words too."""
+    path = folder / CLASS_MAP
+    if not path.exists():
+        return {}
+    names = path.read_text(encoding='utf-8').splitlines()
+    imagenet = ImageNetInfo('imagenet-22k')
+    synsets = set(names) <= set(imagenet.label_names())
+    words = {name: imagenet.label_name_to_description(name) for name in names} if synsets else None
+    return {'label_names': names, 'label_descriptions': words}
 
 
 def metric_by_epoch(folder: Path, metric: str) -> dict[int, float]:

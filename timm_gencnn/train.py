@@ -8,6 +8,7 @@ import argparse
 import gc
 import logging
 import math
+import shlex
 import time
 from contextlib import nullcontext
 from datetime import datetime
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from . import checkpoints, script, train_data
 from .loss import check_targets
 from .reference import natural_for
-from .runs import metric_by_epoch
+from .runs import CLASS_MAP, metric_by_epoch
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
 from .train_args import add_arguments, check_arguments, validates_average
@@ -275,6 +276,8 @@ class Trainer:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+            if names := train_data.class_names(self.loader):
+                (self.output / CLASS_MAP).write_text('\n'.join(names) + '\n', encoding='utf-8')
         except OSError as error:
             raise OSError(f'cannot write to {self.output}: {error}') from error
         saver = utils.CheckpointSaver(
@@ -319,6 +322,9 @@ class Trainer:
                 continue
             eval_metrics = self.validate(ema=validates_average(vars(self.args)))
             self._finish_epoch(epoch, train_metrics, eval_metrics, time.perf_counter() - begin)
+        if self.primary:
+            classes = ' '.join(map(str, range(min(10, self.args.num_classes))))
+            print(f'to see what it learned: gencnn visualize {shlex.quote(str(self.output))} {classes}')
 
     def _distribute_batch_norm(self) -> None:
         for ema in (False, True) if validates_average(vars(self.args)) else (False,):

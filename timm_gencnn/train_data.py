@@ -156,6 +156,17 @@ def check_classes(dataset: Any, num_classes: int) -> None:
         raise ValueError(f'the data set has {classes} classes, the model {num_classes}: set --num-classes {classes}')
 
 
+def class_names(loader: Any) -> list[str]:
+    """Names of the classes in the order of their indices; empty where the data set does not name each of them once."""
+    dataset = loader.dataset
+    while isinstance(dataset, CachedImages):
+        dataset = dataset.dataset
+    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
+    names = sorted(index, key=index.__getitem__)
+    named_once = [index[name] for name in names] == list(range(len(names)))
+    return names if named_once and all(isinstance(name, str) for name in names) else []
+
+
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     """The mixup or cutmix that the flags ask for, or None."""
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from . import chains, diagnostics
 from .blocks import Run
 from .names import Node
-from .networks import default_device, frozen, load, load_model, move, weights_digest, without_autocast
+from .networks import (
+    MODEL,
+    add_weight_arguments,
+    default_device,
+    frozen,
+    load,
+    load_model,
+    move,
+    weight_arguments,
+    weights_digest,
+    without_autocast,
+)
 from .nodes import resolve
 from .presets import PRESETS
 from .reference import Reference
@@ -54,11 +65,12 @@ def visualize(
     views of the image (see `timm_gencnn.views`), and, at T <= 0.1, the mean of the chain's last states.
 
     Args:
-        model: A name for `timm.create_model` (loaded with its pretrained weights) or any module in eval mode that takes
-            images [N, C, H, W]. Its `pretrained_cfg` (`input_size`, `mean`, `std`, `label_names`) says what its images
-            are; without one, which a wrapper of a timm model lacks too, they have 224 pixels, or `size`, and are
-            normalised as ImageNet's are. Calls for one model in several threads take turns, but not with calls for a
-            wrapper or a part of it; it must not run in another thread meanwhile.
+        model: A name for `timm.create_model` (loaded with its pretrained weights), the folder of a training run (with
+            its best checkpoint), or any module in eval mode that takes images [N, C, H, W]. Its `pretrained_cfg`
+            (`input_size`, `mean`, `std`, `label_names`) says what its images are; without one, which a wrapper of a
+            timm model lacks too, they have 224 pixels, or `size`, and are normalised as ImageNet's are. Calls for one
+            model in several threads take turns, but not with calls for a wrapper or a part of it; it must not run in
+            another thread meanwhile.
         node: A class by index or name, `'layer:channel'`, `'layer:channel@row,col'`, a weighted sum, a callable, or a
             list of these (see `timm_gencnn.nodes`).
         n: Images per node, at least 1; each is a chain of its own.
@@ -163,7 +175,7 @@ def _stuck(divergences: list[int], draws: int) -> str:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which weights to take, where to run and how to sample: by default as `visualize` does."""
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights for the model')
+    add_weight_arguments(parser)
     parser.add_argument('--device', help='cpu or cuda (default: cuda if there is one)')
     parser.add_argument('-n', type=int, help='images per node')
     parser.add_argument('--steps', type=int, help='image gradients per chain (default: 512)')
@@ -182,7 +194,7 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gencnn visualize`."""
-    parser.add_argument('model', nargs='?', help='a timm model name, hf-hub:USER/REPO or local-dir:FOLDER')
+    parser.add_argument('model', nargs='?', help=MODEL)
     parser.add_argument('node', nargs='*', help="classes (207, goldfish) or 'layer:channel[@row,col]'")
     parser.add_argument('--out', default='samples.png', help='PNG to write (default: %(default)s)')
     parser.add_argument('--like', metavar='PNG', help='repeat the run whose settings this PNG carries')
@@ -233,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError('give a model and at least one node, or --like FILE.png')
     elif len(nodes) > 1:
         kwargs.setdefault('n', 10)
-    net = load_model(model, **({'checkpoint_path': args.checkpoint} if args.checkpoint else {}))
+    net = load_model(model, **weight_arguments(args))
     if old and old.get('weights') != weights_digest(net):
         raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
     for path in filter(None, (args.out, args.animate)):
