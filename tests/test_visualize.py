@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import nn
 
 import timm_gencnn
-from timm_gencnn import blocks, diagnostics, hmc, probes
+from timm_gencnn import blocks, cli, diagnostics, hmc, probes
 from timm_gencnn.networks import frozen
 from timm_gencnn.probes import Tap, exclusive, probe
 from timm_gencnn.reference import Natural, White
@@ -336,6 +336,71 @@ def test_grid_has_a_row_per_node_and_shows_in_a_notebook(lenet):
     assert samples.grid(padding=0).size == (2 * 28, 3 * 28)
     assert samples._repr_png_().startswith(b'\x89PNG')
     assert quick(lenet, 1, n=9).grid(padding=0).size == (3 * 28, 3 * 28)
+
+
+@pytest.mark.parametrize(
+    ('nodes', 'n', 'columns', 'more'),
+    [
+        ([1, 2, 3], 2, None, {}),
+        ([1, 2, 3], 2, 4, {}),  # a sheet with two places empty
+        (7, 1, None, {}),  # a sheet of one image has no frame
+        ('conv2:3', 5, None, {'temperature': 1.0, 'steps': 80, 'size': (30, 20)}),
+    ],
+)
+def test_a_saved_picture_is_read_back_and_saved_as_the_same_file(lenet, tmp_path, nodes, n, columns, more):
+    samples = quick(lenet, nodes, n=n, **more)
+    samples.images = (torch.arange(samples.images.numel()) % 256).view(samples.images.shape) / 255  # every level
+    path = samples.save(tmp_path / 'a.png', columns)
+    loaded = Samples.load(path)
+    assert torch.equal(loaded.images, samples.images)
+    assert loaded.save(tmp_path / 'b.png', columns).read_bytes() == path.read_bytes()
+    assert (loaded.nodes, loaded.verdict, loaded.summary()) == (samples.nodes, samples.verdict, samples.summary())
+    assert loaded.to_dataset()['node'] == samples.to_dataset()['node']
+
+
+def test_what_was_not_saved_is_not_read_back(lenet, tmp_path):
+    path = quick(lenet, [1, 2]).save(tmp_path / 'a.png')
+    with Image.open(path) as image:
+        info = PngImagePlugin.PngInfo()
+        info.add_text('timm_gencnn', image.text['timm_gencnn'])
+        image.crop((0, 0, 50, 50)).save(tmp_path / 'cut.png', pnginfo=info)
+        info = PngImagePlugin.PngInfo()
+        info.add_text('timm_gencnn', '{"settings": {"n": 2}}')
+        image.save(tmp_path / 'other.png', pnginfo=info)
+    with pytest.raises(ValueError, match='was cut or resized: it does not hold 4 images of 28 x 28 px'):
+        Samples.load(tmp_path / 'cut.png')
+    with pytest.raises(ValueError, match='does not say what its images are'):
+        Samples.load(tmp_path / 'other.png')
+
+
+def test_samples_show_themselves_in_a_line(lenet):
+    samples = quick(lenet, [0, 1, 2, 3, 4])
+    assert repr(samples) == (
+        '<Samples: 10 images of 0, 1, 2 and 2 more, 28 x 28 px; gallery regime: not samples of the model at T = 1>'
+    )
+
+
+@pytest.mark.parametrize(('channels', 'shown'), [(1, ''), (2, 'the first, in grey'), (3, ''), (4, 'the first three')])
+def test_channels_that_a_picture_leaves_out_are_noted(tmp_path, capsys, channels, shown):
+    path = tmp_path / 'net.pth'
+    torch.save(timm.create_model('test_resnet', in_chans=channels).state_dict(), path)
+    argv = [
+        'visualize',
+        'test_resnet',
+        '1',
+        '-n',
+        '1',
+        '--steps',
+        '8',
+        '--size',
+        '32',
+        '--out',
+        str(tmp_path / 'a.png'),
+    ]
+    assert cli.main([*argv, '--checkpoint', str(path), '--model-kwargs', f'in_chans={channels}']) == 0
+    said = f'the network sees {channels} channels; pictures show {shown}'
+    assert (said in capsys.readouterr().out) == bool(shown)
+    assert any(said in note for note in read_metadata(tmp_path / 'a.png')['settings']['notes']) == bool(shown)
 
 
 @pytest.mark.parametrize(

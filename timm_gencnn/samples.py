@@ -8,10 +8,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 METADATA_KEY = 'timm_gencnn'
+PADDING = 2  # pixels between the images of a sheet
 
 
 def verdict(regime: str, r_hat: float, ess: float) -> str:
@@ -69,9 +71,12 @@ def check_writable(path: str | Path) -> None:
 class Samples:
     """Images drawn for one or more nodes.
 
+    A part of a run is no `Samples`: its settings would not repeat it. `.images[:4]` are pixels.
+
     Attributes:
         images: Pixels [N, 3, H, W] in [0, 1], float32, on the CPU; one-channel models are shown in grey, two channels
-            by the first, more than three by the first three. The n images of a node are contiguous.
+            by the first, more than three by the first three (a note in the settings says so). The n images of a node
+            are contiguous.
         nodes: Canonical name of each node.
         settings: What determines the pixels: model, nodes, n, steps, reference, temperature, tilt, size, seed, regime
             and versions.
@@ -87,8 +92,13 @@ class Samples:
     nodes: list[str]
     settings: dict[str, Any]
     diagnostics: dict[str, Any]
-    trace: Tensor = field(repr=False)
-    frames: Tensor | None = field(default=None, repr=False)
+    trace: Tensor
+    frames: Tensor | None = None
+
+    def __repr__(self) -> str:
+        height, width = self.images.shape[-2:]
+        named = ', '.join(self.nodes[:3]) + (f' and {len(self.nodes) - 3} more' if len(self.nodes) > 3 else '')
+        return f'<Samples: {len(self)} images of {named}, {width} x {height} px; {self.verdict}>'
 
     def __len__(self) -> int:
         return len(self.images)
@@ -111,7 +121,7 @@ class Samples:
             f'{sum(d["divergences"])} divergences, {d["gradients"]} gradients a chain, {d["seconds"]:.1f} s'
         )
 
-    def grid(self, columns: int | None = None, padding: int = 2) -> Image.Image:
+    def grid(self, columns: int | None = None, padding: int = PADDING) -> Image.Image:
         """All images on one sheet: a row per node, or about a square for a single node.
 
         Args:
@@ -157,6 +167,44 @@ class Samples:
         write_atomically(path, buffer.getvalue())
         return path
 
+    @classmethod
+    def load(cls, path: str | Path) -> Samples:
+        """Reads back a PNG that `save` wrote: saved again, it is the same file.
+
+        Its pixels are those of the PNG, rounded to 8 bits. The trace and the frames are not in it: the trace has no
+        draws, and there is nothing to animate.
+
+        Raises:
+            ValueError: The file does not exist, is no PNG, or was not written by `save`.
+        """
+        from PIL import Image
+        from torchvision.transforms.functional import to_tensor
+
+        metadata = read_metadata(path)
+        try:
+            settings, nodes, diagnostics = (metadata[key] for key in ('settings', 'nodes', 'diagnostics'))
+            count, (height, width) = len(nodes) * settings['n'], settings['size']
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f'{str(path)!r} does not say what its images are: it was not saved by Samples.save'
+            ) from None
+        with Image.open(path) as image:
+            sheet = to_tensor(image.convert('RGB'))
+        if count > 1:
+            columns = sheet.shape[2] // (width + PADDING)
+            corners = (divmod(i, columns) for i in range(count))
+            images = [
+                sheet[:, PADDING + r * (height + PADDING) :, PADDING + c * (width + PADDING) :] for r, c in corners
+            ]
+        else:
+            images = [sheet]  # a single image has no frame
+        images = [image[:, :height, :width] for image in images]
+        if any(image.shape != (3, height, width) for image in images):
+            raise ValueError(
+                f'{str(path)!r} was cut or resized: it does not hold {count} images of {width} x {height} px'
+            )
+        return cls(torch.stack(images), nodes, settings, _with_nan(diagnostics), torch.empty(0, count))
+
     def animate(self, path: str | Path, milliseconds: int = 80) -> Path:
         """Saves the course of the chains as an animated GIF or WebP.
 
@@ -172,7 +220,7 @@ class Samples:
             raise ValueError('this run kept no frames: call visualize(..., frames=32) to animate it')
         if path.suffix.lower() not in ('.gif', '.webp'):
             raise ValueError(f'cannot animate to {str(path)!r}: give a file name that ends in .gif or .webp')
-        sheets = [_sheet(frame, self._columns(), 2) for frame in self.frames]
+        sheets = [_sheet(frame, self._columns(), PADDING) for frame in self.frames]
         buffer = io.BytesIO()
         sheets[0].save(
             buffer,
@@ -262,6 +310,23 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    """The inverse of `_finite`, but for infinity."""
+    if isinstance(value, dict):
+        return {k: _with_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(v) for v in value]
+    return math.nan if value is None else value
+
+
+def channels_shown(channels: int) -> str:
+    """What a picture leaves out of images of so many channels, or ''."""
+    if channels in (1, 3):
+        return ''
+    shown = 'the first three, as red, green and blue' if channels > 3 else 'the first, in grey'
+    return f'the network sees {channels} channels; pictures show {shown}'
 
 
 def to_rgb(pixels: Tensor) -> Tensor:

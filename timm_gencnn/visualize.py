@@ -32,7 +32,7 @@ from .networks import (
 from .nodes import resolve
 from .presets import PRESETS
 from .reference import Reference
-from .samples import Samples, check_writable, read_metadata
+from .samples import Samples, channels_shown, check_writable, read_metadata
 from .sampling import Sampling
 from .views import PHOTOGRAPHS, PLAIN, views_of
 
@@ -116,7 +116,7 @@ def visualize(
     per_image: dict[str, Any] = {k: values.tolist() for k, values in drawn.per_image.items()}
     diagnosed = per_image | _convergence(drawn.scores.split(settled.n, dim=1), settled.exact)
     diagnosed |= {'gradients': drawn.gradients, 'seconds': round(time.perf_counter() - began, 3)}
-    notes = [node.note for node in score.nodes if node.note]
+    notes = [note for note in (*(node.note for node in score.nodes), channels_shown(score.in_chans)) if note]
     if stuck := _stuck(diagnosed['divergences'], len(drawn.scores)):
         warnings.warn(stuck, stacklevel=3)
         notes.append(stuck)
@@ -263,4 +263,6 @@ def main(args: argparse.Namespace) -> None:
     if args.animate:
         samples.animate(args.animate)
     print(samples.summary())
+    for note in dict.fromkeys(samples.settings['notes']):
+        print(f'note: {note}')
     print(f'{samples.verdict}\nwrote {args.out}')
