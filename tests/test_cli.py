@@ -35,6 +35,21 @@ def test_visualize_writes_a_picture_and_a_summary(tmp_path, capsys):
     assert read_metadata(out)['settings']['model'] == LENET
 
 
+def test_patterns_name_many_nodes(tmp_path):
+    out = tmp_path / 'a.png'
+    argv = ['visualize', LENET, '8-9', 'conv1:0-2', '-n', '1', '--steps', '8', '--size', '28', '--out', str(out)]
+    assert cli.main(argv) == 0
+    assert read_metadata(out)['nodes'] == ['8', '9', 'conv1:0', 'conv1:1', 'conv1:2']
+    assert cli.main(['visualize', '--like', str(out), '--out', str(tmp_path / 'b.png')]) == 0
+
+
+def test_arguments_without_a_value_are_an_error(capsys):
+    for argv in (['visualize', LENET, '3', '--model-kwargs', 'mirror'], ['train', '--opt-kwargs', 'mirror']):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        assert "kwargs: expected name=value, got 'mirror'" in capsys.readouterr().err
+
+
 def test_like_repeats_a_picture_bit_for_bit(tmp_path):
     a, b = tmp_path / 'a.png', tmp_path / 'b.png'
     assert cli.main(['visualize', LENET, '7', '-n', '3', '--steps', '20', '--seed', '5', '--out', str(a)]) == 0

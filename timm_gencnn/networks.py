@@ -10,13 +10,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 from .model_config import own_config
 from .probes import exclusive, without_checkpointing
 from .registry import check_checkpoint, check_name
 from .runs import is_run, load_run
+from .train_args import NameValues
 
 MODEL = 'a timm model name, hf-hub:USER/REPO, local-dir:FOLDER, or the folder of a training run'  # on command lines
 
@@ -81,7 +81,7 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--checkpoint', metavar='FILE', help='weights for the model, as timm or gencnn train saved them')
     add('--num-classes', type=int, metavar='N', help='number of classes of --checkpoint')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further arguments of the architecture')
+    add('--model-kwargs', nargs='*', default={}, action=NameValues, help='further arguments of the architecture')
 
 
 def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:

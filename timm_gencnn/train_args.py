@@ -20,6 +20,23 @@ from .task import PHASES
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
+class NameValues(ParseKwargs):
+    """timm's name=value pairs, with an error for what is none."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take the pairs, or end with an error."""
+        for value in values:
+            if '=' not in value:
+                parser.error(f'argument {option_string}: expected name=value, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def ess_threshold(text: str) -> float | str:
     """A number of images, or 'plateau'."""
     return text if text == 'plateau' else float(text)
@@ -91,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', default='resnet50', metavar='NAME')
     add('--pretrained', **switch, help='start from pretrained weights')
     add('--pretrained-path', metavar='PATH', help='file to take the pretrained weights from')
-    add('--pretrained-cfg-overlay', nargs='*', default={}, action=ParseKwargs, help='entries of its configuration')
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=NameValues, help='entries of its configuration')
     add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights of this checkpoint')
     add('--resume', default='', metavar='PATH', help="go on from this checkpoint; 'auto': the run's newest whole one")
     add('--no-resume-opt', **switch, help="do not restore the optimizer's state")
@@ -110,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--grad-accum-steps', type=int, default=1, metavar='N')
     add('--grad-checkpointing', **switch)
     add('--fast-norm', **switch)
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--model-kwargs', nargs='*', default={}, action=NameValues)
     add('--head-init-scale', type=float, metavar='X')
     add('--head-init-bias', type=float, metavar='X')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
@@ -135,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--layer-decay', type=float, metavar='X', help='layer-wise decay of the learning rate')
     add('--layer-decay-min-scale', type=float, default=0, metavar='X')
     add('--layer-decay-no-opt-scale', type=float, metavar='X')
-    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--opt-kwargs', nargs='*', default={}, action=NameValues)
 
     add = parser.add_argument_group('learning-rate schedule').add_argument
     add('--sched', default='cosine', metavar='NAME', help="timm's, or 'inv': lr (1 + t/decay_epochs)^-decay_rate")

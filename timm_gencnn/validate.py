@@ -10,7 +10,6 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.models import create_model, load_checkpoint
 from timm.task import ClassificationEvaluator
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,6 +19,7 @@ from .model_config import own_config
 from .networks import frozen, without_autocast
 from .reference import per_channel
 from .runs import model_arguments
+from .train_args import NameValues
 from .train_data import check_classes, columns, open_dataset, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--img-size', type=int, metavar='N')
     add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, ...')
     add('--bn-eps', type=float, metavar='X')
-    add('--pretrained-cfg-overlay', nargs='*', default={}, action=ParseKwargs, help='entries of its configuration')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    add('--pretrained-cfg-overlay', nargs='*', default={}, action=NameValues, help='entries of its configuration')
+    add('--model-kwargs', nargs='*', default={}, action=NameValues)
     add('--crop-pct', type=float, metavar='F')
     add('--mean', type=float, nargs='+', metavar='X')
     add('--std', type=float, nargs='+', metavar='X')

@@ -29,6 +29,7 @@ from .networks import (
     weights_digest,
     without_autocast,
 )
+from .node_lists import expand
 from .nodes import resolve
 from .presets import PRESETS
 from .reference import Reference
@@ -195,7 +196,9 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `gencnn visualize`."""
     parser.add_argument('model', nargs='?', help=MODEL)
-    parser.add_argument('node', nargs='*', help="classes (207, goldfish) or 'layer:channel[@row,col]'")
+    parser.add_argument(
+        'node', nargs='*', help="classes (207, goldfish, 0-9) or 'layer:channel[@row,col]', 'layer*:0-15'"
+    )
     parser.add_argument('--out', default='samples.png', help='PNG to write (default: %(default)s)')
     parser.add_argument('--like', metavar='PNG', help='repeat the run whose settings this PNG carries')
     add_sampling_arguments(parser)
@@ -243,9 +246,11 @@ def main(args: argparse.Namespace) -> None:
         kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
     elif not model or not nodes:
         raise ValueError('give a model and at least one node, or --like FILE.png')
-    elif len(nodes) > 1:
-        kwargs.setdefault('n', 10)
     net = load_model(model, **weight_arguments(args))
+    if not old:
+        nodes = [name for node in nodes for name in expand(net, node, size=sides(args.size, 'natural'))]
+        if len(nodes) > 1:
+            kwargs.setdefault('n', 10)
     if old and old.get('weights') != weights_digest(net):
         raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
     for path in filter(None, (args.out, args.animate)):
