@@ -178,7 +178,9 @@ def test_pictures_of_a_run_are_those_of_its_network_preprocessing_and_classes(wr
     assert cli.main(['nodes', str(folder), 'fc']) == 0
     assert '1 layers, 3 channels' in capsys.readouterr().out
     assert torch.equal(logits(timm_gencnn.from_pretrained(str(folder)), 1), logits(trained, 1))
-    push_to_hub(load_run(folder)[0], 'alice/net', dry_run=tmp_path / 'published')
+    push = ['push', str(folder), 'alice/net', '--nodes', '0-1', '-n', '1', '--steps', '8']
+    assert cli.main([*push, '--dry-run', str(tmp_path / 'published')]) == 0
+    assert len(list((tmp_path / 'published/images').iterdir())) == 2
     pulled = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True)
     assert pulled.pretrained_cfg['label_names'] == ['left', 'middle', 'far right']
 
@@ -207,6 +209,13 @@ def test_what_is_no_run_says_what_to_give(write_run, tmp_path, capsys, argv, mes
     argv = ['visualize', *(word.format(run=run) for word in argv), '--out', str(tmp_path / 'a.png')]
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_validation_of_a_run_says_what_to_give(write_run, capsys):
+    run = str(write_run(network()))
+    assert cli.main(['validate', '--checkpoint', f'{run}/']) == 2
+    expected = f'is a training run: give -c {run}/args.yaml --checkpoint {run}/model_best.pth.tar'
+    assert expected in capsys.readouterr().err
 
 
 def test_pictures_of_a_checkpoint_alone(write_run, tmp_path):

@@ -40,6 +40,7 @@ from .card import is_untouched, render_card
 from .config_check import check_hash, read_config
 from .model_config import WEIGHTS, own_config, write_model
 from .networks import MODEL, add_weight_arguments, load_model, weight_arguments
+from .node_lists import expand
 from .registry import PREFIX
 from .runs import is_run, load_run
 from .samples import Samples
@@ -430,7 +431,8 @@ def main(args: argparse.Namespace) -> None:
     if args.results:
         measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))
     results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})
-    gallery = [visualize(model, args.nodes, n=args.n, steps=args.steps, seed=args.seed)] if args.nodes else []
+    nodes = [name for node in args.nodes for name in expand(model, node)]
+    gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed)] if nodes else []
     pushed = push_to_hub(
         model,
         args.repo_id,

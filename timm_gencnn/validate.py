@@ -18,7 +18,7 @@ from .loss import check_targets
 from .model_config import own_config
 from .networks import frozen, without_autocast
 from .reference import per_channel
-from .runs import model_arguments
+from .runs import BEST, is_run, model_arguments
 from .train_args import NameValues
 from .train_data import check_classes, columns, open_dataset, plain_loader
 
@@ -113,6 +113,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _create_model(args: argparse.Namespace) -> Any:
+    if args.checkpoint and is_run(args.checkpoint):
+        run = args.checkpoint.rstrip('/')
+        raise ValueError(f'{run!r} is a training run: give -c {run}/args.yaml --checkpoint {run}/{BEST}')
     try:
         overlay = args.pretrained_cfg_overlay or None
         arguments = model_arguments(vars(args))
