@@ -158,7 +158,7 @@ def check_classes(dataset: Any, num_classes: int) -> None:
 
 def class_names(loader: Any) -> list[str]:
     """Names of the classes in the order of their indices; empty where the data set does not name each of them once."""
-    dataset = loader.dataset
+    dataset = getattr(loader, 'dataset', None)
     while isinstance(dataset, CachedImages):
         dataset = dataset.dataset
     index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
