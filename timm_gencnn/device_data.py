@@ -31,6 +31,7 @@ class DeviceLoader:
         kind: What the images are for, for messages.
 
     Attributes:
+        dataset: Where they come from, which knows the names of the classes.
         images: All images, uint8 [N, C, H, W].
         targets: Their targets [N].
 
@@ -53,6 +54,7 @@ class DeviceLoader:
         if not len(dataset):
             raise ValueError(f'the data set has no {kind} images')
         assert source.batch_size is not None
+        self.dataset = dataset
         self.batch_size = source.batch_size
         self.training = source.drop_last
         self.draw = draw

@@ -248,7 +248,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError('give a model and at least one node, or --like FILE.png')
     net = load_model(model, **weight_arguments(args))
     if not old:
-        nodes = [name for node in nodes for name in expand(net, node, size=sides(args.size, 'natural'))]
+        nodes = [name for node in nodes for name in expand(net, node, size=args.size)]
         if len(nodes) > 1:
             kwargs.setdefault('n', 10)
     if old and old.get('weights') != weights_digest(net):
