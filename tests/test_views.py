@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from timm_gencnn import blocks, chains, cli, hmc
 from timm_gencnn.samples import read_metadata
-from timm_gencnn.views import PHOTOGRAPHS, PLAIN, Band, Resample, Viewer, Views, resampling, views_of
+from timm_gencnn.views import (
+    PHOTOGRAPHS,
+    PLAIN,
+    SMALL_PHOTOGRAPHS,
+    Band,
+    Resample,
+    Viewer,
+    Views,
+    resampling,
+    views_of,
+)
 from timm_gencnn.visualize import visualize
 
 LENET = 'gencnn_lenet.vis_mnist'
@@ -52,6 +62,15 @@ def test_a_stretch_is_enlarged_by_linear_interpolation() -> None:
     torch.testing.assert_close(around[3], 0.75 * ramp[7] + 0.25 * ramp[0])  # over the edge
 
 
+def test_a_shrunk_stretch_stands_at_its_place_before_nothing() -> None:
+    """Half as large and a quarter of the way down, pixel i shows the stretch at 2 (i + 1/2 - 1) - 1/2."""
+    half, quarter = torch.tensor([0.5]), torch.tensor([0.25])
+    shown = resampling(8, torch.ones(1), torch.zeros(1), half, quarter)[0] @ torch.arange(1.0, 9)
+    torch.testing.assert_close(shown, torch.tensor([0, 1.5, 3.5, 5.5, 7.5, 0, 0, 0]))
+    mirrored = resampling(8, torch.ones(1), torch.zeros(1), half, quarter, torch.tensor([True]))[0]
+    torch.testing.assert_close(mirrored @ torch.arange(1.0, 9), torch.tensor([0, 7.5, 5.5, 3.5, 1.5, 0, 0, 0]))
+
+
 # Banded products
 
 
@@ -59,7 +78,11 @@ def laws(n: int) -> dict[str, Tensor]:
     """Sides from a half to one, both ends among them, and starts anywhere."""
     generator = torch.Generator().manual_seed(0)
     side = torch.cat([torch.tensor([0.5, 1.0, 0.995]), 0.5 + 0.5 * torch.rand(n - 3, generator=generator)])
-    return {'side': side, 'start': 60 * torch.rand(n, generator=generator) - 20, 'mirror': torch.arange(n) % 2 == 1}
+    start, share, place = torch.rand(3, n, generator=generator)
+    share = torch.where(torch.arange(n) < n // 2, 1.0, 0.5 + 0.5 * share)
+    return {
+        'side': side, 'start': 60 * start - 20, 'share': share, 'place': place, 'mirror': torch.arange(n) % 2 == 1
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize('size', [3, 17, 40])
@@ -87,7 +110,7 @@ def test_resampling_is_the_two_matrix_products_and_its_gradient_their_transposes
 def test_the_law_of_the_views() -> None:
     """Sides uniform, half of the views mirrored, all places within the image and the shift."""
     n = 2000
-    columns = seen_columns(PHOTOGRAPHS, n)
+    columns = seen_columns(SMALL_PHOTOGRAPHS, n)
     pace = columns.diff(dim=1).mean(1)
     assert stats.binomtest(int((pace < 0).sum()), n).pvalue > 1e-3
     side = pace.abs()
@@ -102,6 +125,26 @@ def test_the_law_of_the_views() -> None:
     assert stats.kstest(place.numpy(), 'uniform').statistic < 0.06  # rounding adds up to half a column
 
 
+def test_the_law_of_shrunk_views() -> None:
+    """Shares of the side uniform, all places within the frame, and what is around is the image's mean, exactly."""
+    n, size = 2000, 64
+    images = 3 + waves(size).expand(n, 2, size, size)
+    views = Viewer([PHOTOGRAPHS] * n, 0, range(n))(images)
+    mean = images.mean((2, 3))[:, :, None, None]
+    shown = ((views - mean) != 0).any(1)
+    window = shown.any(2)[:, :, None] & shown.any(1)[:, None, :]
+    assert (shown.sum((1, 2)) > 0.9 * window.sum((1, 2))).all()  # one rectangle, but for the zeros of the waves
+    for along in shown.any(2), shown.any(1):
+        count = along.sum(1)
+        assert ((along.int().diff(dim=1) == 1).sum(1) + along[:, 0] == 1).all()
+        share = (count / size).numpy()
+        assert stats.kstest(share, stats.uniform(0.5, 0.5).cdf).statistic < 0.04  # counts are whole
+        assert stats.kstest(share, stats.uniform(0.4, 0.6).cdf).statistic > 0.1  # another range would be seen
+        movable = count < 0.9 * size
+        place = along.int().argmax(1)[movable] / (size - count[movable])
+        assert stats.kstest(place.numpy(), 'uniform').statistic < 0.06
+
+
 def test_plain_views_only_move() -> None:
     images = torch.randn(1, 3, 16, 24).expand(200, 3, 16, 24)
     views = Viewer([PLAIN] * 200, 0, range(200))(images)
@@ -114,21 +157,25 @@ def test_plain_views_only_move() -> None:
 
 def test_views_stay_within_the_values_of_the_image() -> None:
     images = torch.rand(16, 3, 20, 20)
-    views = Viewer([PHOTOGRAPHS] * 16, 0, range(16))(images)
+    views = Viewer([SMALL_PHOTOGRAPHS, PHOTOGRAPHS] * 8, 0, range(16))(images)
     assert views.shape == images.shape
-    assert images.min() <= views.min() <= views.max() <= images.max() + 1e-6
+    assert images.min() - 1e-6 <= views.min() <= views.max() <= images.max() + 1e-6
 
 
 def test_gradients_go_back_to_the_pixels_seen() -> None:
     """A view is linear in the image: its gradient sums to the number of pixels seen, and needs no second draw."""
     images = torch.randn(4, 3, 12, 12, requires_grad=True)
-    (grad,) = torch.autograd.grad(Viewer([PHOTOGRAPHS] * 4, 0, range(4))(images).sum(), images)
-    torch.testing.assert_close(grad.sum((2, 3)), torch.full((4, 3), 144.0))
+    for law in SMALL_PHOTOGRAPHS, PHOTOGRAPHS:
+        views = Viewer([law] * 4, 0, range(4))(images)
+        seen = (views != images.mean((2, 3), keepdim=True)).sum((2, 3)).float()
+        assert (seen == 144).all() == (law is SMALL_PHOTOGRAPHS)
+        (grad,) = torch.autograd.grad(views.sum(), images)
+        torch.testing.assert_close(grad.sum((2, 3)), seen)
 
 
 def test_a_chain_sees_the_same_views_in_every_batch_and_others_at_every_call() -> None:
     images = torch.randn(4, 3, 16, 16)
-    laws = [PLAIN, PHOTOGRAPHS, PHOTOGRAPHS, PLAIN]
+    laws = [PLAIN, SMALL_PHOTOGRAPHS, PHOTOGRAPHS, PLAIN]
     together, alone = Viewer(laws, 5, range(4)), Viewer(laws[2:3], 5, [2])
     calls = [(together(images), alone(images[2:3])) for _ in range(3)]
     for all_, one in calls:
@@ -137,21 +184,37 @@ def test_a_chain_sees_the_same_views_in_every_batch_and_others_at_every_call() -
     assert not torch.allclose(Viewer(laws, 6, range(4))(images), calls[0][0], atol=0.1)
 
 
+def test_a_plain_chain_sees_the_same_beside_one_whose_views_are_shrunk() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    alone, beside = Viewer([PLAIN] * 2, 0, range(2))(images), Viewer([PLAIN, PHOTOGRAPHS], 0, range(2))(images)
+    assert torch.equal(alone[0], beside[0])
+
+
 def test_views_and_momenta_draw_different_numbers() -> None:
     for seed in range(3):
-        own, run = Viewer([PLAIN], seed, [0]).streams, hmc.Streams(seed, [0])
-        assert not torch.equal(own.uniform((4,)), run.uniform((4,)))
+        viewer = Viewer([PLAIN], seed, [0])
+        draws = [s.uniform((4,)).tolist() for s in (viewer.streams, viewer.far_streams, hmc.Streams(seed, [0]))]
+        assert draws[0] != draws[1] != draws[2] != draws[0]
 
 
 # In the product
 
 
 @pytest.mark.parametrize(
-    ('kind', 'channels', 'views'),
-    [('class', 3, PHOTOGRAPHS), ('class', 1, PLAIN), ('layer', 3, PLAIN), ('sum', 3, PLAIN), ('callable', 3, PLAIN)],
+    ('kind', 'channels', 'size', 'views'),
+    [
+        ('class', 3, (128, 160), PHOTOGRAPHS),
+        ('class', 3, (127, 160), SMALL_PHOTOGRAPHS),
+        ('class', 1, (128, 128), PLAIN),
+        ('layer', 3, (128, 128), PLAIN),
+        ('sum', 3, (128, 128), PLAIN),
+        ('callable', 3, (128, 128), PLAIN),
+    ],
 )
-def test_only_classes_of_colour_images_are_cropped_and_mirrored(kind: str, channels: int, views: Views) -> None:
-    assert views_of(kind, channels) == views
+def test_only_classes_of_colour_images_are_cropped_mirrored_and_shrunk(
+    kind: str, channels: int, size: tuple[int, int], views: Views
+) -> None:
+    assert views_of(kind, channels, size) == views
 
 
 class Stripes(nn.Module):
@@ -181,7 +244,7 @@ def test_each_node_is_drawn_in_the_manner_of_its_kind() -> None:
     model = Stripes().eval()
     stripe = lambda x: x[..., 6:10].mean((1, 2, 3))  # noqa: E731
     mixed = quick(model, [0, stripe], n=2)
-    assert mixed.settings['views'] == [PHOTOGRAPHS._asdict(), PLAIN._asdict()]
+    assert mixed.settings['views'] == [SMALL_PHOTOGRAPHS._asdict(), PLAIN._asdict()]
     alone = quick(model, 0, n=2)
     torch.testing.assert_close(mixed.images[:2], alone.images, atol=1e-2, rtol=0)
     # the step is sqrt(move · pace / (tilt · RMS)), and the tilt strength / RMS
@@ -239,6 +302,13 @@ def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
 ) -> None:
     new = visualize(LENET, [3, 'conv2:1'], n=1, steps=8, progress=False)
     assert new.settings['views'] == [PLAIN._asdict()] * 2
+    path = str(new.save(tmp_path / 'unshrunk.png'))
+    for views in new.settings['views']:
+        del views['shrink']  # views were not shrunk, and did not say so
+    bare = str(new.save(tmp_path / 'bare.png'))
+    for name in path, bare:
+        assert cli.main(['visualize', '--like', name, '--out', str(tmp_path / 'again.png')]) == 0
+        assert read_metadata(tmp_path / 'again.png')['settings']['views'] == [PLAIN._asdict()] * 2
     exact = visualize(LENET, 3, n=1, steps=70, temperature=1, progress=False)
     other = chains.Schedule()._asdict() | {'average': 0.5}
     new.settings['schedule'], schedule = other, new.settings['schedule']

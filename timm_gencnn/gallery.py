@@ -36,7 +36,7 @@ from .probes import Refused, Size
 from .samples import read_metadata, write_atomically
 from .sampling import Sampling, plain
 from .scores import ScoreFunction
-from .views import PHOTOGRAPHS, PLAIN
+from .views import KNOWN
 from .visualize import add_sampling_arguments, sampling_arguments, visualize
 
 IMAGES = 4  # per node
@@ -149,7 +149,7 @@ def _request(net: nn.Module, asked: Sampling) -> dict[str, Any]:
     if not isinstance(asked.reference, str):
         request['reference'] = asked.reference.settings()
     if not asked.settled().exact:
-        request |= {'views': [PHOTOGRAPHS._asdict(), PLAIN._asdict()], 'schedule': Schedule()._asdict()}
+        request |= {'views': [views._asdict() for views in KNOWN], 'schedule': Schedule()._asdict()}
     return json.loads(json.dumps(request))
 
 

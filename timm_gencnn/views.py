@@ -1,7 +1,7 @@
 """Random views of images, through which the gallery regime shows them to the network.
 
-A class is the same class nearer, mirrored or moved aside, and photographs are stationary, symmetric and nearly the same
-at every scale, as the reference with its 1/f spectrum is. A picture that scores only at the very pixels where it was
+A class is the same class nearer, farther off, mirrored or moved aside, and photographs are stationary, symmetric and
+nearly the same at every scale, as the reference with its 1/f spectrum is. A picture that scores only at the very pixels where it was
 drawn is an accident of the network. So a gallery chain climbs the score averaged over views, one fresh view per chain
 and gradient, and the score that is reported at the end is that of the plain image.
 """
@@ -28,6 +28,8 @@ class Views(NamedTuple):
         crop: Side of the smallest crop, as a share of the image's; sides are uniform on (crop, 1), then enlarged.
         flip: Whether half of the views are mirrored, left to right.
         shift: Largest circular shift of a view, as a share of the shorter image side.
+        shrink: Smallest share of its side to which a view is then shrunk, somewhere before the image's mean colour;
+            the share is uniform on (shrink, 1).
         strength: How far the score is asked to go (see `chains.sample_gallery`).
         move: Scale of the moves, likewise.
     """
@@ -35,17 +37,21 @@ class Views(NamedTuple):
     crop: float = 1.0
     flip: bool = False
     shift: float = 0.08
+    shrink: float = 1.0
     strength: float = chains.STRENGTH
     move: float = chains.MOVE
 
 
 # Twelve classes, 128 px, two chains each, half the strength: these moves raised the log-probability of an independent
 # judge from -3.2 (at 0.03) to -1.9 and left no pixel saturated, with scores twice as high. Digits became all but alike.
-PHOTOGRAPHS = Views(crop=0.5, flip=True, strength=0.5, move=0.012)
+SMALL_PHOTOGRAPHS = Views(crop=0.5, flip=True, strength=0.5, move=0.012)
+PHOTOGRAPHS = SMALL_PHOTOGRAPHS._replace(crop=0.7, shrink=0.5)
 PLAIN = Views()
+KNOWN = PHOTOGRAPHS, SMALL_PHOTOGRAPHS, PLAIN
+LARGE = 128  # shorter side, in pixels, from which on pictures gained by being shrunk; at 64 they lost
 
 
-def views_of(kind: str, channels: int) -> Views:
+def views_of(kind: str, channels: int, size: Sequence[int]) -> Views:
     """The views that leave a node's question what it is.
 
     Classes of colour images are taken for things in photographs. Digits and letters do not survive a mirror, and a unit
@@ -55,8 +61,11 @@ def views_of(kind: str, channels: int) -> Views:
     Args:
         kind: As of `NodeScore`.
         channels: Image channels.
+        size: Height and width of the images, in pixels.
     """
-    return PHOTOGRAPHS if kind == 'class' and channels == 3 else PLAIN
+    if kind != 'class' or channels != 3:
+        return PLAIN
+    return PHOTOGRAPHS if min(size) >= LARGE else SMALL_PHOTOGRAPHS
 
 
 class Viewer:
@@ -71,9 +80,10 @@ class Viewer:
 
     def __init__(self, views: Sequence[Views], seed: int, ids: Sequence[int], device: torch.device | str = 'cpu'):
         self.streams = hmc.Streams(seed + OWN_STREAMS, ids, device)
+        self.far_streams = hmc.Streams(seed + OWN_STREAMS, [-1 - i for i in ids], device)
         self.closest = min(v.crop for v in views)
-        law = [(v.crop, v.flip, v.shift) for v in views]
-        self.crop, flip, self.shift = torch.tensor(law, dtype=torch.float32, device=device).unbind(1)
+        law = [(v.crop, v.flip, v.shift, v.shrink) for v in views]
+        self.crop, flip, self.shift, self.shrink = torch.tensor(law, dtype=torch.float32, device=device).unbind(1)
         self.flip = flip.bool()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -82,11 +92,15 @@ class Viewer:
         side, mirror, top, left = self.streams.uniform((4,)).unbind(1)
         side = 1 - (1 - self.crop) * side
         room, reach = 1 - side, self.shift * min(height, width)
-        rows = resampling(height, side, -reach + (height * room + 2 * reach) * top)
-        columns = resampling(width, side, -reach + (width * room + 2 * reach) * left, self.flip & (mirror < 0.5))
+        share, down, across = self.far_streams.uniform((3,)).unbind(1)
+        share = 1 - (1 - self.shrink) * share
+        mirror = self.flip & (mirror < 0.5)
+        rows = resampling(height, side, -reach + (height * room + 2 * reach) * top, share, down)
+        columns = resampling(width, side, -reach + (width * room + 2 * reach) * left, share, across, mirror)
         touched = math.ceil(2 / self.closest)  # pixels of the view that read one of the image, at most
         bands = (Band.of(m, k) for m in (rows, columns) for m, k in ((m, 2), (m.mT, touched)))
-        return Resample.apply(images, *bands)
+        mean = (images.mean((2, 3)).detach() * (self.shrink < 1)[:, None])[:, :, None, None]
+        return mean + Resample.apply(images - mean, *bands)
 
 
 class Band(NamedTuple):
@@ -132,17 +146,27 @@ class Resample(torch.autograd.Function):
         return Resample.apply(grad, *ctx.back), None, None, None, None
 
 
-def resampling(size: int, side: Tensor, start: Tensor, mirror: Tensor | None = None) -> Tensor:
-    """Matrices [n, size, size] that enlarge a stretch of a circular signal to the whole, by linear interpolation.
+def resampling(
+    size: int, side: Tensor, start: Tensor, share: Tensor | float = 1.0, place: Tensor | float = 0.0,
+    mirror: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Matrices [n, size, size] that show a stretch of a circular signal, by linear interpolation, before nothing.
 
     Args:
         size: Samples of the signal.
         side: Length of the stretch as a share of the signal's [n], in (0, 1].
         start: Where it starts [n], rounded to whole samples; with a side of 1 the result is exactly a circular shift.
-        mirror: Whether to read the stretch backwards [n], bool.
+        share: Share of the result that shows the stretch [n], in (0, 1]; the other rows are zero.
+        place: Where that is [n], from 0, at the start, to 1, at the end.
+        mirror: Whether to show the stretch backwards [n], bool.
     """
     index = torch.arange(size, dtype=side.dtype, device=side.device)
-    read = index if mirror is None else torch.where(mirror[:, None], size - 1 - index, index)
-    seen = (start.round()[:, None] + (read + 0.5) * side[:, None] - 0.5).remainder(size)
+    share, place = (torch.as_tensor(v, dtype=side.dtype, device=side.device).expand_as(side) for v in (share, place))
+    read = (index + 0.5 - (size * (1 - share) * place)[:, None]) / share[:, None]  # in units of the stretch's samples
+    inside = (read > 0) & (read < size)
+    if mirror is not None:
+        read = torch.where(mirror[:, None], size - read, read)
+    seen = (start.round()[:, None] + read * side[:, None] - 0.5).remainder(size)
     distance = (seen[:, :, None] - index).abs_()
-    return distance.sub_(size / 2).abs_().sub_(size / 2 - 1).clamp_(min=0)  # 1 - min(distance, size - distance)
+    weights = distance.sub_(size / 2).abs_().sub_(size / 2 - 1).clamp_(min=0)  # 1 - min(distance, size - distance)
+    return weights * inside[:, :, None]

@@ -35,7 +35,7 @@ from .presets import PRESETS
 from .reference import Reference
 from .samples import Samples, channels_shown, check_writable, read_metadata
 from .sampling import Sampling
-from .views import PHOTOGRAPHS, PLAIN, views_of
+from .views import KNOWN, Views, views_of
 
 
 @torch.inference_mode(False)
@@ -111,7 +111,7 @@ def visualize(
         score = resolve(net, nodes, size=asked.sides())
         q = asked.make_reference(net, score.in_chans, score.size, where)
         budget = asked.budget(all(node.kind == 'class' for node in score.nodes))
-        views = None if settled.exact else [views_of(node.kind, score.in_chans) for node in score.nodes]
+        views = None if settled.exact else [views_of(node.kind, score.in_chans, score.size) for node in score.nodes]
         weights = weights_digest(net)
         drawn = Run(score, q, views, settled, budget, where, progress).run()
     per_image: dict[str, Any] = {k: values.tolist() for k, values in drawn.per_image.items()}
@@ -219,7 +219,9 @@ def repeat_settings(path: str) -> dict[str, Any]:
         raise ValueError(f'{path!r} does not say its {", ".join(missing)}: it cannot be repeated')
     if old.get('regime') == 'gallery' and old['views'] is None:
         raise ValueError(f'{path!r} is from before gallery pictures had random views: draw it anew, without --like')
-    known = PHOTOGRAPHS._asdict(), PLAIN._asdict()
+    if old['views']:
+        old['views'] = [Views()._asdict() | views for views in old['views']]  # the first ones were not shrunk
+    known = [views._asdict() for views in KNOWN]
     moved = old['schedule'] != chains.Schedule()._asdict() or any(views not in known for views in old['views'] or ())
     if old.get('regime') == 'gallery' and moved:
         raise ValueError(f'{path!r} was drawn by another schedule: draw it anew, without --like')
