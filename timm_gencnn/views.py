@@ -1,9 +1,9 @@
 """Random views of images, through which the gallery regime shows them to the network.
 
 A class is the same class nearer, farther off, mirrored or moved aside, and photographs are stationary, symmetric and
-nearly the same at every scale, as the reference with its 1/f spectrum is. A picture that scores only at the very pixels where it was
-drawn is an accident of the network. So a gallery chain climbs the score averaged over views, one fresh view per chain
-and gradient, and the score that is reported at the end is that of the plain image.
+nearly the same at every scale, as the reference with its 1/f spectrum is. A picture that scores only at the very pixels
+where it was drawn is an accident of the network. So a gallery chain climbs the score averaged over views, one fresh
+view per chain and gradient, and the score that is reported at the end is that of the plain image.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Views(NamedTuple):
 
 # Twelve classes, 128 px, two chains each, half the strength: these moves raised the log-probability of an independent
 # judge from -3.2 (at 0.03) to -1.9 and left no pixel saturated, with scores twice as high. Digits became all but alike.
+# Shrunk views, on twelve other classes at 128 px: from SqueezeNet top-5 0.79 for 0.62, at scores no higher, and by eye
+# one animal where there had been parts of several. From a network for 64 px: 47 % named as asked, for 87 %.
 SMALL_PHOTOGRAPHS = Views(crop=0.5, flip=True, strength=0.5, move=0.012)
 PHOTOGRAPHS = SMALL_PHOTOGRAPHS._replace(crop=0.7, shrink=0.5)
 PLAIN = Views()

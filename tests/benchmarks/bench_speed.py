@@ -126,7 +126,8 @@ def exact(s: Setting, compiled: bool = False) -> None:
 
 def gallery(s: Setting, compiled: bool = False) -> None:
     sample = lambda *run: chains.sample_gallery(*run, s.gradients, GALLERY_TEMPERATURE)  # noqa: E731
-    _ours(s, sample, Viewer([views_of('class', 3, (s.size, s.size))] * s.chains, 0, range(s.chains), s.device), compiled)
+    views = [views_of('class', 3, (s.size, s.size))] * s.chains
+    _ours(s, sample, Viewer(views, 0, range(s.chains), s.device), compiled)
 
 
 def pyro(s: Setting) -> None:
