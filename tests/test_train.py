@@ -89,9 +89,10 @@ def straight(images, tmp_path_factory) -> Path:
     return out / 'run'
 
 
-def test_a_run_ends_with_the_command_that_shows_what_it_learned(images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('where', [[], ['--cache-images'], ['--data-on-device', '--color-jitter', '0']])
+def test_a_run_ends_with_the_command_that_shows_what_it_learned(where, images, tmp_path, capsys, monkeypatch):
     run = tmp_path / 'my runs'
-    assert cli.main(flags(images, run, '--epochs', '1', '--phase', 'DG')) == 0
+    assert cli.main(flags(images, run, '--epochs', '1', '--phase', 'DG', *where)) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix('to see what it learned: '))
     assert command == ['gencnn', 'visualize', f'{run}/run', '0', '1', '2']
     monkeypatch.chdir(tmp_path)

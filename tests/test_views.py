@@ -203,12 +203,12 @@ def test_views_and_momenta_draw_different_numbers() -> None:
 @pytest.mark.parametrize(
     ('kind', 'channels', 'size', 'views'),
     [
-        ('class', 3, (128, 160), PHOTOGRAPHS),
-        ('class', 3, (127, 160), SMALL_PHOTOGRAPHS),
-        ('class', 1, (128, 128), PLAIN),
-        ('layer', 3, (128, 128), PLAIN),
-        ('sum', 3, (128, 128), PLAIN),
-        ('callable', 3, (128, 128), PLAIN),
+        ('class', 3, (160, 192), PHOTOGRAPHS),
+        ('class', 3, (159, 192), SMALL_PHOTOGRAPHS),
+        ('class', 1, (160, 160), PLAIN),
+        ('layer', 3, (160, 160), PLAIN),
+        ('sum', 3, (160, 160), PLAIN),
+        ('callable', 3, (160, 160), PLAIN),
     ],
 )
 def test_only_classes_of_colour_images_are_cropped_mirrored_and_shrunk(

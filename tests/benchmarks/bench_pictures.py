@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_pictures.py --classes 40 --n 2 --steps 512 --size 160
     python tests/benchmarks/bench_pictures.py --tool lucent       # the rival; pip install torch-lucent
+    python tests/benchmarks/bench_pictures.py --swap              # from MobileNet, judged by SqueezeNet
 
 Draws class pictures from SqueezeNet and asks MobileNet (../shared/networks): top-1, top-5, median rank of the asked
 class among 1000; the score as a multiple of that of the one real image of the class, and the share of the list's real
@@ -50,12 +51,13 @@ def lucent(model, classes, args):
     """Its defaults: FFT parameterisation, decorrelated colours, standard transforms."""
     from lucent.optvis import objectives, param, render
 
+    layer = 'classifier_1' if hasattr(model, 'classifier') else 'head'  # SqueezeNet's before its ReLU
     pictures = []
     for c in classes:
         torch.manual_seed(args.seed)
         image = lambda: param.image(args.size, batch=args.n)  # noqa: E731
         out = render.render_vis(
-            model, objectives.channel('classifier_1', c), image, thresholds=(args.steps,), fixed_image_size=args.size,
+            model, objectives.channel(layer, c), image, thresholds=(args.steps,), fixed_image_size=args.size,
             show_image=False, progress=False,
         )  # fmt: skip
         pictures.append(torch.from_numpy(out[-1]).permute(0, 3, 1, 2))
@@ -73,29 +75,38 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=160)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--swap', action='store_true', help='draw from MobileNet, and ask SqueezeNet')
     parser.add_argument('--out', help='PNG of all pictures')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sys.path.insert(0, str(SHARED / 'networks'))
     networks = importlib.import_module('networks')
     model, judge = networks.squeezenet(), networks.mobilenet_v1()
+    scores = {  # of a picture for each class: SqueezeNet's before its ReLU
+        model: lambda x: model.classifier[1](model.features(normalize(x))).mean((2, 3)),
+        judge: lambda x: judge(normalize(x)),
+    }
+    features = {
+        model: lambda x: model.features(normalize(x)).mean((2, 3)),
+        judge: lambda x: judge.blocks(judge.stem(normalize(x))).mean((2, 3)),
+    }
+    drawn, asked = (judge, model) if args.swap else (model, judge)
     chosen = list(range(0, 40, 40 // args.classes))[: args.classes]
     classes = [CLASSES[i] for i in chosen]
 
     began = time.process_time()
-    pixels = (ours if args.tool == 'ours' else lucent)(model, classes, args)
+    pixels = (ours if args.tool == 'ours' else lucent)(drawn, classes, args)
     seconds = (time.process_time() - began) / len(pixels)
     real = real_images(args.size)
     labels = torch.tensor(classes).repeat_interleave(args.n)
     with torch.no_grad():
-        score = lambda x: model.classifier[1](model.features(normalize(x))).mean((2, 3))  # noqa: E731, before the ReLU
-        own = score(pixels).gather(1, labels[:, None])[:, 0]
-        usual = score(real)[:, labels]  # of every real image, for the class of each picture
+        own = scores[drawn](pixels).gather(1, labels[:, None])[:, 0]
+        usual = scores[drawn](real)[:, labels]  # of every real image, for the class of each picture
         ratio = own / usual[torch.tensor(chosen).repeat_interleave(args.n), range(len(labels))]
         above = (usual < own).float().mean()
-        logits = judge(normalize(pixels))
+        logits = asked(normalize(pixels))
         rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-        feature = lambda x: judge.blocks(judge.stem(normalize(x))).mean((2, 3))  # noqa: E731
+        feature = features[asked]
         within = torch.stack([torch.pdist(f).mean() for f in feature(pixels).split(args.n)])  # NaN for one a class
         variety = within.mean() / torch.pdist(feature(real)).mean()
     saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()
