@@ -65,6 +65,7 @@ FEW_LABELS = {  # data set, per cent of its labels (each seed has its own images
     ('mnist', 10): (75, 48),
     ('cifar10', 1): (200, 100),
     ('cifar10', 10): (30, 15),
+    ('in100', 1): (200, 100),
     ('in100', 10): (30, 15),
 }
 for (name, share), lengths in FEW_LABELS.items():
