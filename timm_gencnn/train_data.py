@@ -146,7 +146,7 @@ def plain_loader(
 
 
 def check_classes(dataset: Any, num_classes: int) -> None:
-    """Refuse a data set that knows of more classes than the model has.
+    """Refuse a data set that knows of more classes than the model has, and warn of one that knows of fewer.
 
     Raises:
         ValueError: It does.
@@ -154,6 +154,8 @@ def check_classes(dataset: Any, num_classes: int) -> None:
     classes = len(getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or ())
     if classes > num_classes:
         raise ValueError(f'the data set has {classes} classes, the model {num_classes}: set --num-classes {classes}')
+    if 0 < classes < num_classes:
+        _logger.warning(f'the data set has {classes} classes, the model {num_classes}: --num-classes {classes} fits')
 
 
 def class_names(loader: Any) -> list[str]:
@@ -291,7 +293,9 @@ def _device_loader(loader: Any, args: argparse.Namespace, config: dict[str, Any]
     if args.no_aug:
         return DeviceLoader(loader, classes=classes, kind=kind)
     if args.color_jitter is None:
-        _logger.warning(f'--data-on-device: no colour jitter (elsewhere {COLOR_JITTER}); --color-jitter 0 says so')
+        _logger.warning(
+            f'--data-on-device does no colour jitter ({COLOR_JITTER} without it): --color-jitter 0 says that this is meant'
+        )
     size, interpolation = config['input_size'][1:], config['interpolation']
     loader.dataset.transform = create_transform(size, interpolation=interpolation, crop_pct=1.0, use_prefetcher=True)
     return DeviceLoader(loader, partial(_boxes, args=args, size=size), classes, kind)

@@ -81,6 +81,9 @@ def main(args: argparse.Namespace) -> None:
         ValueError: Missing data, classes that do not fit, or an unusable checkpoint.
     """
     args.data_dir = args.data or args.data_dir
+    if args.data_dir and is_run(args.data_dir):
+        run = args.data_dir
+        raise ValueError(f'{run!r} is a training run: give -c {run}/args.yaml --checkpoint {run}/last.pth.tar')
     device = torch.device(args.device)
     model = _create_model(args).to(device).eval()
     # published figures are those at the published test size; a run is validated at the size it was trained with

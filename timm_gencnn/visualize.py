@@ -239,10 +239,10 @@ def main(args: argparse.Namespace) -> None:
     kwargs = sampling_arguments(args)
     model, nodes, old = args.model, args.node, None
     if args.like:
-        if given := [*(['MODEL'] if model else []), *kwargs]:
+        if given := [*nodes, *kwargs]:
             raise ValueError(f'--like repeats a run as it was: leave out {", ".join(given)}')
         old = repeat_settings(args.like)
-        model, nodes = old['model'], old['nodes']
+        model, nodes = model or old['model'], old['nodes']
         fixed = ('reference', 'temperature', 'tilt') if old['preset'] else ()
         kwargs = {k: v for k, v in old.items() if k in Sampling.__dataclass_fields__ and k not in fixed}
         kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
@@ -254,7 +254,9 @@ def main(args: argparse.Namespace) -> None:
         if len(nodes) > 1:
             kwargs.setdefault('n', 10)
     if old and old.get('weights') != weights_digest(net):
-        raise ValueError(f'{args.like!r} was drawn from other weights than {model!r} has: name theirs by --checkpoint')
+        raise ValueError(
+            f'{args.like!r} was drawn from other weights than {model!r} has: give MODEL or --checkpoint that has theirs'
+        )
     for path in filter(None, (args.out, args.animate)):
         check_writable(path)
     move(net, default_device(args.device))
@@ -262,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
     samples.settings['model'] = model
     if old:
         new = json.loads(json.dumps(samples.settings))
-        told = [k for k in old | new if k not in ('versions', 'notes', 'request')]  # the last is a gallery's
+        told = [k for k in old | new if k not in ('model', 'versions', 'notes', 'request')]  # the last is a gallery's
         differing = [k for k in told if old.get(k) != new.get(k)]
         if differing:
             raise ValueError(f'{args.like!r} cannot be repeated from here: {", ".join(differing)} would differ')
