@@ -841,12 +841,22 @@ def test_a_configuration_adds_to_its_base(tmp_path, capsys):
     paths[1].write_text(f'base: {paths[0]}\nlr: 0.5\n')
     args = parse(['train', '-c', str(paths[1]), '--batch-size', '32'])
     assert (args.model, args.epochs, args.lr, args.batch_size) == ('lenet', 7, 0.5, 32)
-    paths[2].write_text(f'base: {paths[2]}\n')
     for base, error in ((paths[2], 'is its own base'), ('nowhere', "cannot read configuration 'nowhere'")):
         paths[2].write_text(f'base: {base}\n')
         with pytest.raises(SystemExit):
             parse(['train', '-c', str(paths[2])])
         assert error in capsys.readouterr().err
+
+
+def test_a_base_is_found_beside_the_file_and_an_empty_setting_takes_its_own_back(tmp_path, monkeypatch):
+    (tmp_path / 'a.yaml').write_text('base: resnet_cifar10\n')
+    (tmp_path / 'b.yaml').write_text('base: a.yaml\ntrain_crop_mode: null\n')
+    (tmp_path / 'resnet_cifar10').mkdir()  # a folder is no configuration
+    monkeypatch.chdir(tmp_path)
+    assert parse(['train', '-c', 'a.yaml']).train_crop_mode == 'pad'
+    monkeypatch.chdir('/')
+    args = parse(['train', '-c', str(tmp_path / 'b.yaml')])
+    assert (args.model, args.train_crop_mode) == ('resnet11_w64', None)
 
 
 @pytest.mark.parametrize('name', ['resnet_cifar10', 'resnet_in100', 'alexnet_in100'])

@@ -1,6 +1,6 @@
 """Command lines that read further flags from a YAML file: `gencnn train -c FILE`.
 
-A file may name another one, or a recipe, as its `base`, whose settings it adds to and overrides.
+A file may name another one, which may lie beside it, or a recipe, as its `base`, whose settings it adds to and overrides.
 """
 
 import argparse
@@ -31,14 +31,15 @@ class ConfigParser(argparse.ArgumentParser):
         """Parse twice: first for --config, then with its values as the defaults."""
         given, _ = super().parse_known_args(args)
         if getattr(given, 'config', ''):
-            self.set_defaults(**self._read(given.config, list(vars(given))))
+            config = self._read(given.config, list(vars(given)))
+            self.set_defaults(**{key: value for key, value in config.items() if value is not None})
         return super().parse_known_args(args, namespace)
 
     def _read(self, name: str, known: list[str], above: Sequence[str] = ()) -> dict[str, Any]:
         if name in above:
             self.error(f'configuration {name!r} is its own base')
         path = Path(name)
-        if not path.exists() and (RECIPES / f'{name}.yaml').exists():
+        if not path.is_file() and (RECIPES / f'{name}.yaml').exists():
             path = RECIPES / f'{name}.yaml'
         try:
             config = yaml.safe_load(path.read_text())
@@ -54,18 +55,21 @@ class ConfigParser(argparse.ArgumentParser):
             config['data_dir'] = config.get('data_dir') or folder
         if config.keys() >= _RECORDED and 'split' in known:  # the args.yaml of a run, for `gencnn validate`
             config = _of_validation(config, known)
-        config = {key: value for key, value in config.items() if key not in _NO_FLAGS and value is not None}
-        for key in config:
-            if key not in known:
+        config = {key: value for key, value in config.items() if key not in _NO_FLAGS}  # None takes back the base's
+        for key, value in config.items():
+            if key not in known and value is not None:
                 near = get_close_matches(key, known, n=1)
                 self.error(f'{path.name}: unknown setting {key!r}' + (f', perhaps {near[0]!r}' if near else ''))
         try:
             for action in self._actions:
-                if action.dest in config:
+                if config.get(action.dest) is not None:
                     config[action.dest] = self._convert(action, config[action.dest])
         except argparse.ArgumentError as error:
             self.error(f'{path.name}: {error}')
-        return config if base is None else self._read(str(base), known, [*above, name]) | config
+        if base is None:
+            return config
+        beside = path.parent / str(base)
+        return self._read(str(beside if beside.is_file() else base), known, [*above, name]) | config
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
         """What a flag makes of its value in the file, converted and checked as on the command line."""
