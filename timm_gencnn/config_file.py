@@ -1,6 +1,7 @@
 """Command lines that read further flags from a YAML file: `gencnn train -c FILE`.
 
-A file may name another one, which may lie beside it, or a recipe, as its `base`, whose settings it adds to and overrides.
+A file may name another one, which may lie beside it, or a recipe, as its `base`, whose settings it adds to, overrides
+or, by an empty one, takes back.
 """
 
 import argparse

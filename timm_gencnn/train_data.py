@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, create_transform
-from timm.data.dataset_factory import _EVAL_SYNONYM, _TRAIN_SYNONYM, _search_split
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import Compose, RandomCrop
@@ -19,6 +18,7 @@ from . import device_data
 from .device_data import DeviceLoader
 
 COLOR_JITTER = 0.4  # timm's default
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'}  # usual names of folders
 
 _logger = logging.getLogger(__name__)
 
@@ -86,30 +86,32 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
     """
     if not name and root is None:
         raise ValueError(f'no data set was named, split {split!r}: give --dataset, or --data-dir for a folder')
-    if '/' not in name and root is not None:
-        _check_folder_split(root, split)
+    local = '/' not in name and root is not None  # a folder, or a .tar file
+    if local and '[' in split:
+        raise ValueError(
+            f'split {split!r}: folders have no slices, {root!r} would be read whole: leave out the brackets'
+        )
     kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
     try:
-        return create_dataset(name, root=root, split=split, **kwargs)
+        dataset = create_dataset(name, root=root, split=split, **kwargs)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         where = f'data set {name!r}' if name else 'image folder'
         where += f' in {root!r}' if root else ''
         raise ValueError(f'cannot open {where}, split {split!r}: {error}') from error
+    if local and Path(str(root)).is_dir():
+        _check_split(dataset, str(root), split)
+    return dataset
 
 
-def _check_folder_split(root: str, split: str) -> None:
-    """Refuse a split that a folder does not have, in whose place timm would read the whole folder.
+def _check_split(dataset: Any, root: str, split: str) -> None:
+    """Refuse a split that a folder does not have, in whose place timm has found the whole folder.
 
     A folder of classes alone is read whole under the names that stand for no choice, 'train' and 'validation'.
     """
-    if '[' in split:
-        raise ValueError(
-            f'split {split!r}: folders have no slices, {root!r} would be read whole: leave out the brackets'
-        )
-    if not Path(root).is_dir() or _search_split(root, split) != root:
+    if dataset.reader.root != root:
         return
     there = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
-    if split in ('train', 'validation') and not {'test', *_TRAIN_SYNONYM, *_EVAL_SYNONYM} & set(there):
+    if split in ('train', 'validation') and not _SPLITS & set(there):
         return
     shown = ', '.join(there[:10]) or 'none'
     raise ValueError(
