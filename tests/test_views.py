@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from scipy import stats
@@ -20,7 +22,7 @@ from timm_gencnn.views import (
     resampling,
     views_of,
 )
-from timm_gencnn.visualize import visualize
+from timm_gencnn.visualize import repeat_settings, visualize
 
 LENET = 'gencnn_lenet.vis_mnist'
 SIDE = 32
@@ -326,3 +328,14 @@ def test_pictures_say_how_they_were_drawn_and_older_ones_are_refused(
         assert cli.main(['visualize', '--like', str(path), '--out', str(tmp_path / 'again.png')]) == code
     assert 'before gallery pictures had random views: draw it anew' in capsys.readouterr().err
     assert read_metadata(tmp_path / 'again.png')['settings']['regime'] == 'exact'
+
+
+@pytest.mark.parametrize(('side', 'views'), [(160, PHOTOGRAPHS), (159, SMALL_PHOTOGRAPHS)])
+def test_a_class_drawn_by_the_views_of_another_size_is_refused_before_it_is_drawn(tmp_path, side, views) -> None:
+    """Such as one of 160 pixels from before views were shrunk."""
+    picture = visualize(LENET, 3, n=1, steps=8, progress=False)
+    for law in PHOTOGRAPHS, SMALL_PHOTOGRAPHS:
+        picture.settings |= {'size': [side, 200], 'views': [law._asdict(), PLAIN._asdict()]}
+        path = str(picture.save(tmp_path / 'a.png'))
+        with nullcontext() if law is views else pytest.raises(ValueError, match='drawn by another schedule'):
+            assert repeat_settings(path)['views'][0] == views._asdict()

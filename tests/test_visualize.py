@@ -359,18 +359,20 @@ def test_a_saved_picture_is_read_back_and_saved_as_the_same_file(lenet, tmp_path
 
 
 def test_what_was_not_saved_is_not_read_back(lenet, tmp_path):
-    path = quick(lenet, [1, 2]).save(tmp_path / 'a.png')
-    with Image.open(path) as image:
-        info = PngImagePlugin.PngInfo()
-        info.add_text('timm_gencnn', image.text['timm_gencnn'])
-        image.crop((0, 0, 50, 50)).save(tmp_path / 'cut.png', pnginfo=info)
-        info = PngImagePlugin.PngInfo()
-        info.add_text('timm_gencnn', '{"settings": {"n": 2}}')
-        image.save(tmp_path / 'other.png', pnginfo=info)
-    with pytest.raises(ValueError, match='was cut or resized: it does not hold 4 images of 28 x 28 px'):
-        Samples.load(tmp_path / 'cut.png')
+    def altered(samples, change, text=None):
+        with Image.open(samples.save(tmp_path / 'a.png')) as image:
+            info = PngImagePlugin.PngInfo()
+            info.add_text('timm_gencnn', text or image.text['timm_gencnn'])
+            change(image).save(tmp_path / 'altered.png', pnginfo=info)
+        return tmp_path / 'altered.png'
+
+    for samples in quick(lenet, [1, 2]), quick(lenet, 1, n=1):
+        width, height = samples.grid().size
+        for box in (0, 0, 20, 20), (0, 0, width, height - 1), (0, 0, 2 * width, 2 * height):
+            with pytest.raises(ValueError, match=r'was cut or resized: it does not hold \d images of 28 x 28 px'):
+                Samples.load(altered(samples, lambda image, box=box: image.crop(box)))
     with pytest.raises(ValueError, match='does not say what its images are'):
-        Samples.load(tmp_path / 'other.png')
+        Samples.load(altered(samples, lambda image: image, '{"settings": {"n": 2}}'))
 
 
 def test_samples_show_themselves_in_a_line(lenet):

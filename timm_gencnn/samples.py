@@ -190,20 +190,17 @@ class Samples:
             ) from None
         with Image.open(path) as image:
             sheet = to_tensor(image.convert('RGB'))
-        if count > 1:
-            columns = sheet.shape[2] // (width + PADDING)
-            corners = (divmod(i, columns) for i in range(count))
-            images = [
-                sheet[:, PADDING + r * (height + PADDING) :, PADDING + c * (width + PADDING) :] for r, c in corners
-            ]
-        else:
-            images = [sheet]  # a single image has no frame
-        images = [image[:, :height, :width] for image in images]
-        if any(image.shape != (3, height, width) for image in images):
+        pitch = height + PADDING, width + PADDING
+        columns = max(1, sheet.shape[2] // pitch[1])
+        lines = -(-count // columns)
+        whole = (lines * pitch[0] + PADDING, columns * pitch[1] + PADDING) if count > 1 else (height, width)
+        if sheet.shape[1:] != whole:  # a single image has no frame
             raise ValueError(
                 f'{str(path)!r} was cut or resized: it does not hold {count} images of {width} x {height} px'
             )
-        return cls(torch.stack(images), nodes, settings, _with_nan(diagnostics), torch.empty(0, count))
+        cells = sheet[:, -lines * pitch[0] :, -columns * pitch[1] :]
+        images = [cell[:, :height, :width] for line in cells.split(pitch[0], 1) for cell in line.split(pitch[1], 2)]
+        return cls(torch.stack(images[:count]), nodes, settings, _with_nan(diagnostics), torch.empty(0, count))
 
     def animate(self, path: str | Path, milliseconds: int = 80) -> Path:
         """Saves the course of the chains as an animated GIF or WebP.
