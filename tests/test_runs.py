@@ -175,6 +175,7 @@ def test_pictures_of_a_run_are_those_of_its_network_preprocessing_and_classes(wr
     assert torch.equal(found.images, expected.images)
     assert cli.main(['visualize', '--like', str(out), '--out', str(tmp_path / 'b.png')]) == 0
     assert cli.main(['gallery', str(folder), '--nodes', 'left', '--steps', '8', '--out', str(tmp_path / 'page')]) == 0
+    assert 'gencnn visualize --like images/left-' in (tmp_path / 'page/index.html').read_text()
     assert cli.main(['nodes', str(folder), 'fc']) == 0
     assert '1 layers, 3 channels' in capsys.readouterr().out
     assert torch.equal(logits(timm_gencnn.from_pretrained(str(folder)), 1), logits(trained, 1))

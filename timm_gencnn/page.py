@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from timm.models import is_model
 
-from .samples import read_metadata
+from .runs import is_run
+from .samples import PADDING, read_metadata
 
 if TYPE_CHECKING:
     from PIL import Image
 
 TEMPLATE = Path(__file__).with_name('gallery.html')
-PADDING = 2  # pixels between the images of a sheet, as `Samples.save` lays it out
 LONGEST_SIDE = 720  # pixels of an embedded sheet: about 40 kB of WebP, 100 MB for 2,000 nodes
 LOSSLESS_SIDE = 256  # below it, lossy compression would show
 
@@ -211,7 +211,7 @@ def _rows(entry: Entry) -> list[list[str]]:
     rows += [['Note', note] for note in entry.metadata['settings']['notes']]
     rows += [['Seconds', _number(d['seconds'])]]
     model = entry.metadata['settings']['model']
-    if ':' in model or is_model(model.split('.')[0]):  # else a module that the command line cannot make
+    if ':' in model or is_run(model) or is_model(model.split('.')[0]):  # else a module, unknown to it
         rows += [['Repeat it', f'gencnn visualize --like images/{entry.file}']]
     return rows
 
