@@ -228,6 +228,13 @@ def test_pictures_of_a_checkpoint_alone(write_run, tmp_path):
     assert cli.main(argv[:-2]) == 2  # another network, which the weights do not fit
 
 
+def test_a_network_without_a_configuration_gets_that_of_its_run(write_run, monkeypatch):
+    folder, bare = write_run(network(), std=[0.2]), network()
+    del bare.pretrained_cfg
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: bare)
+    assert load_run(folder)[0].pretrained_cfg['std'] == (0.2, 0.2, 0.2)
+
+
 def test_other_settings_are_no_run(write_run):
     folder = write_run(network())
     (folder / 'args.yaml').write_text('epochs: 3\n')

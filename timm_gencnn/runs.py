@@ -15,6 +15,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from .generative import as_generative
+from .model_config import own_config
 from .registry import PREFIX, check_checkpoint
 from .train_args import validates_average
 
@@ -58,7 +59,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
     data_config = resolve_input_data_config(model, args)
-    model.pretrained_cfg.update(data_config | _labels(folder) | {'tag': None})  # it is no weights that ship
+    model.pretrained_cfg = own_config(model) | data_config | _labels(folder) | {'tag': None}  # it is no weights that ship
     results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)
     settings = {key: value for key, value in args.items() if _is_setting(value)}
     return model.eval(), {
