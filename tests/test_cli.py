@@ -99,6 +99,18 @@ def test_like_refuses_what_it_cannot_repeat(tmp_path, capsys):
         assert not (tmp_path / 'y.png').exists()
 
 
+def test_like_takes_the_same_network_by_another_name(tmp_path, capsys):
+    """The cards name the repository that they are for, which not everybody can reach."""
+    samples = timm_gencnn.visualize(LENET, 3, n=1, steps=8, progress=False)
+    samples.settings['model'] = 'hf-hub:nobody/nowhere'
+    path, again = samples.save(tmp_path / 'x.png'), tmp_path / 'y.png'
+    assert cli.main(['visualize', LENET, '--like', str(path), '--out', str(again)]) == 0
+    with Image.open(path) as first, Image.open(again) as second:
+        assert first.tobytes() == second.tobytes()
+    assert cli.main(['visualize', 'gencnn_lenet.dg_mnist', '--like', str(path), '--out', str(again)]) == 2
+    assert "other weights than 'gencnn_lenet.dg_mnist' has" in capsys.readouterr().err
+
+
 def test_exact_regime_and_animation(tmp_path, capsys):
     out = tmp_path / 'x.png'
     args = ['visualize', LENET, 'conv2:3', '-n', '2', '--steps', '80', '--temperature', '1', '--reference', 'white']
@@ -122,6 +134,7 @@ def test_exact_regime_and_animation(tmp_path, capsys):
         (['visualize', LENET, '3', '--device', 'foo'], "device 'foo' cannot be used"),
         (['visualize', LENET, '3', '--animate', 'x.mp4'], '.gif or .webp'),
         (['visualize', '--like', 'nothing.png', '--seed', '3'], 'leave out seed'),
+        (['visualize', LENET, '3', '--like', 'nothing.png'], 'leave out 3'),
         (['visualize', '--like', 'nothing.png'], 'nothing.png'),
         (['visualize', LENET, '3', '--checkpoint', 'nothing.pth'], 'nothing.pth'),
     ],

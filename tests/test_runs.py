@@ -186,6 +186,18 @@ def test_pictures_of_a_run_are_those_of_its_network_preprocessing_and_classes(wr
     assert pulled.pretrained_cfg['label_names'] == ['left', 'middle', 'far right']
 
 
+def test_a_run_is_no_shipped_checkpoint_and_comes_from_no_hub(write_run, capsys):
+    trained = timm.create_model('gencnn_lenet').eval()
+    folder = write_run(trained, model='lenet', num_classes=10)
+    model = timm_gencnn.from_pretrained(str(folder))
+    assert trained.pretrained_cfg['tag']
+    assert model.pretrained_cfg['tag'] is None
+    with pytest.raises(ValueError, match='training run on this machine: leave out revision'):
+        timm_gencnn.from_pretrained(str(folder), revision='main')
+    assert cli.main(['validate', str(folder)]) == 2
+    assert f'-c {folder}/args.yaml --checkpoint {folder}/last.pth.tar' in capsys.readouterr().err
+
+
 def test_synsets_of_imagenet_have_their_words(write_run):
     folder = write_run(network())
     (folder / 'class_map.txt').write_text('n01443537\nn01440764\nn01484850\n')

@@ -913,10 +913,22 @@ def test_a_resumed_plateau_schedule_goes_on(images, tmp_path, capsys):
     assert cli.main(flags(images, tmp_path / 'resumed', *more, '--resume', str(checkpoint))) == 0
     resumed = list(csv.DictReader((tmp_path / 'resumed/run/summary.csv').open()))
     assert [float(row['lr']) for row in resumed] == rates
-    (tmp_path / 'resumed/run/summary.csv').unlink()
+    summary = tmp_path / 'resumed/run/summary.csv'
+    summary.write_text('\n'.join(line for line in summary.read_text().splitlines() if not line.startswith('1,')) + '\n')
+    error = failure(capsys, flags(images, tmp_path / 'resumed', *more, '--resume', str(checkpoint)))
+    assert "checkpoint-2.pth.tar' lacks epochs [1], resume from the run that has them" in error
+    summary.unlink()
     error = failure(capsys, flags(images, tmp_path / 'resumed', *more, '--resume', str(checkpoint)))
     assert 'goes by the validations before' in error
     assert 'summary.csv' in error
+
+
+def test_warns_of_classes_that_the_data_set_lacks(images, tmp_path, caplog):
+    for classes in '3', '4':
+        caplog.clear()
+        argv = flags(images, tmp_path / classes, '--num-classes', classes, '--epochs', '1', '--phase', 'DG')
+        assert cli.main(argv) == 0
+        assert ('has 3 classes, the model 4: --num-classes 3 fits' in caplog.text) == (classes == '4')
 
 
 def test_an_unknown_setting_or_file_is_refused(tmp_path, capsys):

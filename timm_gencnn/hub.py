@@ -192,6 +192,8 @@ def from_pretrained(
         OSError: If the Hub refuses or fails, or the download is damaged (it is then removed from the cache).
     """
     if is_run(repo_id):
+        if revision or token or cache_dir:
+            raise ValueError(f'{repo_id!r} is a training run on this machine: leave out revision, token and cache_dir')
         return load_model(repo_id, **kwargs)
     repo_id, _, tagged = repo_id.partition('@')
     _check_repo_id(repo_id)

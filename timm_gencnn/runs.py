@@ -59,7 +59,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
     data_config = resolve_input_data_config(model, args)
-    model.pretrained_cfg = own_config(model) | data_config | _labels(folder) | {'tag': None}  # it is no weights that ship
+    model.pretrained_cfg = own_config(model) | data_config | _labels(folder) | {'tag': None}  # no shipped weights
     results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)
     settings = {key: value for key, value in args.items() if _is_setting(value)}
     return model.eval(), {

@@ -250,18 +250,25 @@ class Trainer:
             task.switch_epoch = min(task.switch_epoch, self.epoch)  # earlier if the epoch of the switch is repeated
             schedule.restart(*self._epoch_and_update(task.switch_epoch))
         if self.epoch:
-            schedule.replay(self.epoch, self._metrics_before(resumed))
+            schedule.replay(self.epoch, self._metrics_before(resumed, schedule.first_epoch))
             schedule.step_update(self.epoch * self.updates_per_epoch)
         return schedule
 
-    def _metrics_before(self, resumed: str | None) -> dict[int, float]:
-        """The metrics that a schedule goes by which looks at them."""
+    def _metrics_before(self, resumed: str | None, first: int) -> dict[int, float]:
+        """The metrics since the epoch `first` that a schedule goes by which looks at them."""
         if self.args.sched != 'plateau' or resumed is None:
             return {}
         try:
-            return metric_by_epoch(Path(resumed).parent, self.args.eval_metric)
+            metrics = metric_by_epoch(Path(resumed).parent, self.args.eval_metric)
         except FileNotFoundError as error:
             raise ValueError(f'--sched plateau goes by the validations before {resumed!r}: {error}') from error
+        validated = [epoch for epoch in range(first, self.epoch) if (epoch + 1) % self.args.val_interval == 0]
+        if missing := [epoch for epoch in validated if epoch not in metrics]:
+            where = f'the summary.csv beside {resumed!r} lacks epochs {missing}'
+            raise ValueError(
+                f'--sched plateau goes by the validations so far: {where}, resume from the run that has them'
+            )
+        return metrics
 
     def _switched(self) -> None:
         self.task.switch_epoch = (self.task.steps - self.first_step) / len(self.loader)

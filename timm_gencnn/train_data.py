@@ -296,7 +296,7 @@ def _device_loader(loader: Any, args: argparse.Namespace, config: dict[str, Any]
         return DeviceLoader(loader, classes=classes, kind=kind)
     if args.color_jitter is None:
         _logger.warning(
-            f'--data-on-device does no colour jitter ({COLOR_JITTER} without it): --color-jitter 0 says that this is meant'
+            f'--data-on-device does no colour jitter (else {COLOR_JITTER}): --color-jitter 0 says that this is meant'
         )
     size, interpolation = config['input_size'][1:], config['interpolation']
     loader.dataset.transform = create_transform(size, interpolation=interpolation, crop_pct=1.0, use_prefetcher=True)
