@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface, and a process with a Hub client that talks to it. Started by the tests that ask."""
+"""A Hub on the loopback interface, a process with a Hub client that talks to it, and a single thread: for who asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import hub_client
 import pytest
+import torch
 from hub_server import LoopbackHub, running_hub
 
 
@@ -50,3 +51,12 @@ def client(_hub: LoopbackHub, hub_home: Path) -> Iterator[hub_client.Client]:
 
     with pool:
         yield call
+
+
+@pytest.fixture(scope='module')
+def one_thread() -> Iterator[None]:
+    """For a module and its shared runs: sums over several threads differ with their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -22,13 +22,7 @@ from timm_gencnn.train_args import add_arguments, check_arguments
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -135,13 +135,7 @@ for epoch in range(start, min(epochs, args.stop)):
     scheduler.step(epoch + 1)
 """
 
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -39,6 +39,8 @@ from timm_gencnn.train_args import add_arguments
 
 CLASSES = 3
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
@@ -66,15 +68,6 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """For the module's shared runs too: sums over several threads differ with their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # With augmentation, a discriminative learning rate, EMA and recovery checkpoints: all that a resume must restore.

@@ -479,8 +479,8 @@ class Trainer:
                     writer.add_scalar(name, value, epoch)
         checkpoints.save(self.saver, epoch, metric)
         error = f'  error {100 - eval_metrics["top1"]:.2f} %' if 'top1' in eval_metrics else ''
+        phase = f'GG  ESS {train_metrics["ess"]:.1f}' if generative else 'DG'
         print(
-            f'epoch {epoch:3d}  {"GG" if generative else "DG"}  lr {lr:.5f}  loss {train_metrics["loss"]:7.4f}  '
-            f'ESS {train_metrics["ess"]:.1f}{error}  {seconds:.1f} s',
+            f'epoch {epoch:3d}  {phase}  lr {lr:.5f}  loss {train_metrics["loss"]:7.4f}{error}  {seconds:.1f} s',
             flush=True,
         )
