@@ -460,7 +460,7 @@ def test_colour_jitter_that_was_not_asked_for_is_left_out_and_said_so(images, tm
     at = argv.index('--color-jitter')
     del argv[at : at + 2]
     make_trainer(argv)
-    assert '--data-on-device: no colour jitter (elsewhere 0.4); --color-jitter 0 says so' in caplog.text
+    assert 'does no colour jitter (else 0.4): --color-jitter 0 says that this is meant' in caplog.text
     caplog.clear()
     argv.remove('--data-on-device')
     transform = make_trainer(argv).loader.dataset.transform
