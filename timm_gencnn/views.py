@@ -84,6 +84,7 @@ class Viewer:
 
     def __init__(self, views: Sequence[Views], seed: int, ids: Sequence[int], device: torch.device | str = 'cpu'):
         self.streams = hmc.Streams(seed + OWN_STREAMS, ids, device)
+        # streams of their own, so that views draw the same numbers whether or not some in the batch are shrunk
         self.far_streams = hmc.Streams(seed + OWN_STREAMS, [-1 - i for i in ids], device)
         self.closest = min(v.crop for v in views)
         law = [(v.crop, v.flip, v.shift, v.shrink) for v in views]
