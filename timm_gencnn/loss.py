@@ -137,39 +137,38 @@ class GenerativeLoss(nn.Module):
         logits = _at_least_float32(logits)
         images = logits if pool is None else torch.cat([logits, pool.to(logits.dtype)])
         if log_z is None and not self.distributed:
-            log_weights, log_n = F.log_softmax(images, 0), math.log(len(images))
-            self.log_z = (images[0] - log_weights[0]).detach() - log_n
+            log_ratio = F.log_softmax(images, 0) + math.log(len(images))
+            self.log_z = images.detach()[0] - log_ratio.detach()[0]
         else:
             if log_z is None:
                 log_z = log_mean_exp(images, self.distributed)
             else:
                 weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
                 log_z = log_z.detach() + weights - weights.detach()
-            log_weights, log_n = images - log_z, 0.0  # of n times the weights
+            log_ratio = images - log_z  # of p_y to q
             self.log_z = log_z.detach()
-        log_weights = log_weights[: len(logits)]
+        if pool is not None:
+            log_ratio = log_ratio[: len(logits)]
 
+        over_ranks = self.distributed and self.reduction == 'mean'
+        reduction = 'sum' if over_ranks else self.reduction
         if target.is_floating_point():
-            loss = -(target * log_weights).sum(1) - target.sum(1) * log_n
+            loss = -(target * log_ratio).sum(1)
+            loss = loss if reduction == 'none' else getattr(loss, reduction)()
         else:
-            loss = F.nll_loss(log_weights, target.long(), reduction='none', ignore_index=_NO_CLASS) - log_n
-
-        if self.reduction == 'none':
+            loss = F.nll_loss(log_ratio, target.long(), reduction=reduction, ignore_index=_NO_CLASS)
+        if not over_ranks:
             return loss
-        if self.reduction == 'sum':
-            return loss.sum()
-        if not self.distributed:
-            return loss.mean()
-        total = loss.new_full((1,), len(loss))
+        total = loss.new_full((1,), len(target))
         dist.all_reduce(total)
-        return loss.sum() * (dist.get_world_size() / total[0])
+        return loss * (dist.get_world_size() / total[0])
 
     def extra_repr(self) -> str:
         return f'reduction={self.reduction!r}, distributed={self.distributed}'
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def check_targets(target: Tensor, classes: int) -> None:

@@ -164,7 +164,7 @@ class GenerativeTask(ClassificationTask):
         loss = self.generative_loss(output, target, pool, log_z=self.log_z if self.running_log_z else None)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)
-        self._track(logits.detach(), target)
+        self._track(logits.detach(), target.detach())
         if self.hybrid:
             loss = torch.lerp(loss, self.criterion(output, target).to(loss.dtype), self.hybrid)
         return {'loss': loss, 'output': output}
@@ -179,7 +179,6 @@ class GenerativeTask(ClassificationTask):
         else:
             self.log_z = torch.logaddexp(self.log_z + math.log1p(-rate), new + math.log(rate))
 
-    @torch.no_grad()
     def _track(self, logits: Tensor, target: Tensor) -> None:
         """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records."""
         ess_ = ess(logits)
@@ -200,10 +199,10 @@ class GenerativeTask(ClassificationTask):
     def _record(self, with_ess: bool) -> None:
         assert self.ess is not None
         assert self._new_counts is not None
-        record = torch.cat([self._new_counts, self.ess.mean()[None]])
+        record = torch.cat([self._new_counts, self.ess.mean()[None]]) if with_ess else self._new_counts
         if self.generative_loss.distributed:
             dist.all_reduce(record)
-        new_counts = record[:-1]
+        new_counts = record[: len(self.ess)]
         self.class_counts = new_counts if self.class_counts is None else self.class_counts + new_counts
         self._new_counts = None
         if with_ess:
