@@ -34,14 +34,12 @@ class Drawn(NamedTuple):
     """What chains leave behind.
 
     Attributes:
-        pixels: Final images [n, 3, H, W] in [0, 1].
-        film: Images of the run, the final ones last [F, n, 3, H, W].
+        film: Images of the run, the final ones last [F, n, 3, H, W] in [0, 1].
         scores: Score of every kept draw [draws, n].
         per_image: Score of the final images and what the sampler tells of each chain [n].
         gradients: Image gradients per chain.
     """
 
-    pixels: Tensor
     film: Tensor
     scores: Tensor
     per_image: dict[str, Tensor]
@@ -52,9 +50,9 @@ def _join(parts: Sequence[Drawn], ids: Sequence[int]) -> Drawn:
     """All chains in the order of their `ids`, on the CPU."""
     order = torch.tensor(ids, device='cpu').argsort()
     join = lambda each, dim=0: torch.cat([t.cpu() for t in each], dim).index_select(dim, order)  # noqa: E731
-    pixels, films, scores, tables, gradients = zip(*parts, strict=True)
+    films, scores, tables, gradients = zip(*parts, strict=True)
     per_image = {name: join(table[name] for table in tables) for name in tables[0]}
-    return Drawn(join(pixels), join(films, 1), join(scores, 1), per_image, max(gradients))
+    return Drawn(join(films, 1), join(scores, 1), per_image, max(gradients))
 
 
 @dataclass
@@ -155,7 +153,7 @@ class Run:
         film.append(to_rgb(self.reference.pixels(trace.z)))
         told = 'acceptance', 'tilt', 'step_size', 'energy_error', 'divergences'
         per_image = {'score': final} | {name: getattr(trace, name) for name in told}
-        return Drawn(film[-1], torch.stack(film), trace.scores, per_image, trace.gradients)
+        return Drawn(torch.stack(film), trace.scores, per_image, trace.gradients)
 
     def sample(
         self, score: hmc.Score, state: hmc.State, streams: hmc.Streams, ids: list[int], report: chains.Report

@@ -141,7 +141,7 @@ def visualize(
         'notes': notes,
         'versions': _versions(),
     }
-    return Samples(drawn.pixels, score.names, settings, diagnosed, drawn.scores, drawn.film if frames else None)
+    return Samples(drawn.film[-1], score.names, settings, diagnosed, drawn.scores, drawn.film if frames else None)
 
 
 def _convergence(by_node: Sequence[Tensor], exact: bool) -> dict[str, float]:
