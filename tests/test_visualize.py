@@ -355,6 +355,7 @@ def test_a_saved_picture_is_read_back_and_saved_as_the_same_file(lenet, tmp_path
     assert torch.equal(loaded.images, samples.images)
     assert loaded.save(tmp_path / 'b.png', columns).read_bytes() == path.read_bytes()
     assert (loaded.nodes, loaded.verdict, loaded.summary()) == (samples.nodes, samples.verdict, samples.summary())
+    assert ('acceptance' in loaded.summary()) == ('temperature' in more)  # exact; pictures have none
     assert loaded.to_dataset()['node'] == samples.to_dataset()['node']
 
 

@@ -109,15 +109,14 @@ class Samples:
         return verdict(self.settings['regime'], self.diagnostics['r_hat'], self.diagnostics['ess'])
 
     def summary(self) -> str:
-        """One line: regime, acceptance, ESS, gradients, seconds."""
+        """One line: score, acceptance, ESS and R-hat where they are defined, gradients, seconds."""
         d = self.diagnostics
         mean = lambda v: sum(v) / len(v)  # noqa: E731
+        chains = ''
         if self.settings['regime'] == 'exact':
-            chains = f'acceptance {mean(d["acceptance"]):.2f}, ESS {d["ess"]:.0f}, R-hat {d["r_hat"]:.2f}'
-        else:
-            chains = 'no acceptance (nothing is rejected), ESS not defined while annealing'
+            chains = f'acceptance {mean(d["acceptance"]):.2f}, ESS {d["ess"]:.0f}, R-hat {d["r_hat"]:.2f}, '
         return (
-            f'{len(self)} images of {len(self.nodes)} node(s): score {mean(d["score"]):.1f}, {chains}, '
+            f'{len(self)} images of {len(self.nodes)} node(s): score {mean(d["score"]):.1f}, {chains}'
             f'{sum(d["divergences"])} divergences, {d["gradients"]} gradients a chain, {d["seconds"]:.1f} s'
         )
 
