@@ -7,10 +7,12 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from torch import nn
 
 import timm_gencnn
 from timm_gencnn import GenerativeMixin, cli, push_to_hub
-from timm_gencnn.runs import load_run
+from timm_gencnn.networks import load_model
+from timm_gencnn.runs import load_run, means_run
 from timm_gencnn.samples import read_metadata
 
 SUMMARY = """epoch,train_loss,eval_loss,eval_top1,eval_top5,lr
@@ -186,7 +188,7 @@ def test_pictures_of_a_run_are_those_of_its_network_preprocessing_and_classes(wr
     assert pulled.pretrained_cfg['label_names'] == ['left', 'middle', 'far right']
 
 
-def test_a_run_is_no_shipped_checkpoint_and_comes_from_no_hub(write_run, capsys):
+def test_a_run_is_no_shipped_checkpoint_and_comes_from_no_hub(write_run):
     trained = timm.create_model('gencnn_lenet').eval()
     folder = write_run(trained, model='lenet', num_classes=10)
     model = timm_gencnn.from_pretrained(str(folder))
@@ -194,8 +196,6 @@ def test_a_run_is_no_shipped_checkpoint_and_comes_from_no_hub(write_run, capsys)
     assert model.pretrained_cfg['tag'] is None
     with pytest.raises(ValueError, match='training run on this machine: leave out revision'):
         timm_gencnn.from_pretrained(str(folder), revision='main')
-    assert cli.main(['validate', str(folder)]) == 2
-    assert f'-c {folder}/args.yaml --checkpoint {folder}/last.pth.tar' in capsys.readouterr().err
 
 
 def test_synsets_of_imagenet_have_their_words(write_run):
@@ -224,11 +224,33 @@ def test_what_is_no_run_says_what_to_give(write_run, tmp_path, capsys, argv, mes
     assert message in capsys.readouterr().err
 
 
-def test_validation_of_a_run_says_what_to_give(write_run, capsys):
-    run = str(write_run(network()))
-    assert cli.main(['validate', '--checkpoint', f'{run}/']) == 2
-    expected = f'is a training run: give -c {run}/args.yaml --checkpoint {run}/model_best.pth.tar'
-    assert expected in capsys.readouterr().err
+def test_a_run_is_no_checkpoint_of_validation(write_run, capsys):
+    assert cli.main(['validate', '--checkpoint', str(write_run(network()))]) == 2
+    assert 'is a training run: give it without --checkpoint' in capsys.readouterr().err
+
+
+def test_a_name_that_timm_knows_is_no_folder_of_a_run(write_run, monkeypatch, capsys):
+    run = write_run(network())
+    run = run.rename(run.with_name('test_resnet'))
+    monkeypatch.chdir(run.parent)
+    assert not means_run('test_resnet')
+    assert means_run('./test_resnet')
+    assert load_model('./test_resnet').num_classes == 3
+    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: nn.Linear(1, 1))  # no download
+    with pytest.warns(UserWarning, match=r'the training run of that name is \./test_resnet'):
+        assert isinstance(load_model('test_resnet'), nn.Linear)
+
+
+def test_the_first_outputs_have_the_names_of_the_classes(write_run, tmp_path):
+    """A network may have more outputs than its data set has classes; a name may hold what ends a line elsewhere."""
+    folder = write_run(network())
+    (folder / 'class_map.txt').write_text('left\u2028most\nright\n', encoding='utf-8')
+    found = timm_gencnn.visualize(str(folder), ['right', 2], n=1, steps=8, size=32, progress=False)
+    assert found.nodes == ['1 right', '2']
+    loaded, facts = load_run(folder)
+    assert loaded.pretrained_cfg['label_names'] == {0: 'left\u2028most', 1: 'right'}
+    push_to_hub(loaded, 'alice/net', dry_run=tmp_path / 'published', **facts)
+    assert timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True).num_classes == 3
 
 
 def test_pictures_of_a_checkpoint_alone(write_run, tmp_path):

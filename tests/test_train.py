@@ -808,6 +808,14 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     found = json.loads((tmp_path / 'results.json').read_text())
     assert found['top1'] == pytest.approx(float(rows[-1]['eval_top1']))
     assert found['nll'] == pytest.approx(float(rows[-1]['eval_loss']), rel=1e-5)
+    for more, name in ([], 'model_best.pth.tar'), (argv[3:], 'last.pth.tar'):  # the same of the folder alone
+        argv = ['validate', str(straight), *more, '-b', '7', '--results-file', str(tmp_path / 'again.json')]
+        assert cli.main(argv) == 0
+        again = json.loads((tmp_path / 'again.json').read_text())
+        assert again['checkpoint'] == str(straight / name)
+    assert again['nll'] == pytest.approx(found['nll'], rel=1e-5)
+    assert cli.main(['validate', str(straight), '--split', 'gone']) == 2
+    assert "no sub-folder 'gone'" in capsys.readouterr().err
     run = yaml.safe_load((straight / 'args.yaml').read_text())
     path = tmp_path / 'args.yaml'
     timms = {k: v for k, v in run.items() if k not in ('distributed', 'world_size', 'rank', 'local_rank', 'phase')}

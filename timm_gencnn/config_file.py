@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from .runs import is_run
 from .train_args import validates_average
 
 RECIPES = Path(__file__).parent / 'recipes'
@@ -31,8 +32,10 @@ class ConfigParser(argparse.ArgumentParser):
     ) -> tuple[Any, list[str]]:
         """Parse twice: first for --config, then with its values as the defaults."""
         given, _ = super().parse_known_args(args)
-        if getattr(given, 'config', ''):
-            config = self._read(given.config, list(vars(given)))
+        run = getattr(given, 'data', None) if 'split' in given else None  # `gencnn validate RUN`
+        files = [str(Path(run) / 'args.yaml')] if run and is_run(run) else []
+        for name in [*files, given.config] if getattr(given, 'config', '') else files:
+            config = self._read(name, list(vars(given)))
             self.set_defaults(**{key: value for key, value in config.items() if value is not None})
         return super().parse_known_args(args, namespace)
 

@@ -42,7 +42,7 @@ from .model_config import WEIGHTS, own_config, write_model
 from .networks import MODEL, add_weight_arguments, load_model, weight_arguments
 from .node_lists import expand
 from .registry import PREFIX
-from .runs import is_run, load_run
+from .runs import load_run, means_run
 from .samples import Samples
 
 _logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def from_pretrained(
         ValueError: If the repository does not hold a generative checkpoint, or what it holds does not pass the checks.
         OSError: If the Hub refuses or fails, or the download is damaged (it is then removed from the cache).
     """
-    if is_run(repo_id):
+    if means_run(repo_id):
         if revision or token or cache_dir:
             raise ValueError(f'{repo_id!r} is a training run on this machine: leave out revision, token and cache_dir')
         return load_model(repo_id, **kwargs)
@@ -424,7 +424,7 @@ def main(args: argparse.Namespace) -> None:
     measured: dict[str, Any] = {}
     shipped = args.model.removeprefix(PREFIX)
     weights = weight_arguments(args)
-    if is_run(args.model) and not weights:
+    if means_run(args.model) and not weights:
         model, measured = load_run(args.model)
     else:
         model = load_model(args.model, **weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .model_config import own_config
 from .probes import exclusive, without_checkpointing
 from .registry import check_checkpoint, check_name
-from .runs import is_run, load_run
+from .runs import is_run, load_run, means_run
 from .train_args import NameValues
 
 MODEL = 'a timm model name, hf-hub:USER/REPO, local-dir:FOLDER, or the folder of a training run'  # on command lines
@@ -48,12 +49,14 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: The model is unknown, has no pretrained weights, or they cannot be read; its classifier would be a
             new one; or a run is to have other weights or arguments than its own.
     """
-    if is_run(name):
+    if means_run(name):
         if kwargs:
             own = 'a training run with a checkpoint and arguments of its own'
             raise ValueError(f'{name!r} is {own}: leave out {", ".join(kwargs).replace("_path", "")}')
         return load_run(name)[0]
     check_name(name)
+    if is_run(name):
+        warnings.warn(f'{name!r} is taken for the timm model; the training run of that name is ./{name}', stacklevel=2)
     if 'num_classes' in kwargs and not kwargs.get('checkpoint_path'):
         raise ValueError(
             f'--num-classes {kwargs["num_classes"]} is that of a --checkpoint: without one it would give the network a '

@@ -17,7 +17,7 @@ from .layouts import layout_of, preactivation
 from .names import WEIGHT
 from .probes import Probe, Size, Tap, check_model, probe_for, single_tensor
 from .registry import check_name
-from .runs import is_run, load_run
+from .runs import load_run, means_run
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Prints the layers of a model, with channels, layout and shape; the weights do not matter and are not loaded."""
     try:
-        if is_run(args.model):
+        if means_run(args.model):
             model = load_run(args.model)[0]
         else:
             check_name(args.model)

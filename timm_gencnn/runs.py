@@ -28,6 +28,24 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / 'args.yaml').is_file()
 
 
+def means_run(model: str) -> bool:
+    """Whether a model's name means the folder of a training run. A name that timm knows does not: `./NAME` does."""
+    known = timm.models.is_model_pretrained(model) or ('.' not in model and timm.is_model(model))
+    return is_run(model) and not known
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint of a run that its figures are of.
+
+    Raises:
+        ValueError: There is none.
+    """
+    checkpoint = next((path for name in (BEST, LAST) if (path := folder / name).exists()), None)
+    if checkpoint is None:
+        raise ValueError(f'{folder} has neither {BEST} nor {LAST}: has the run finished an epoch?')
+    return checkpoint
+
+
 def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Load the best checkpoint of a training run, with what the Hub should know of it.
 
@@ -45,9 +63,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
     if not (isinstance(args, dict) and isinstance(args.get('model'), str)):
         raise ValueError(f'{folder / "args.yaml"} names no model: it is not that of a training run')
-    checkpoint = next((path for name in (BEST, LAST) if (path := folder / name).exists()), None)
-    if checkpoint is None:
-        raise ValueError(f'{folder} has neither {BEST} nor {LAST}: has the run finished an epoch?')
+    checkpoint = best_checkpoint(folder)
     check_checkpoint(checkpoint)
     name = args['model']
     if ':' not in name:  # a model of the Hub or of a folder says itself which it is
@@ -59,7 +75,9 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
     data_config = resolve_input_data_config(model, args)
-    model.pretrained_cfg = own_config(model) | data_config | _labels(folder) | {'tag': None}  # no shipped weights
+    model.pretrained_cfg = (
+        own_config(model) | data_config | _labels(folder, model.num_classes) | {'tag': None}
+    )  # no shipped weights
     results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)
     settings = {key: value for key, value in args.items() if _is_setting(value)}
     return model.eval(), {
@@ -84,16 +102,19 @@ def model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None} | (args.get('model_kwargs') or {})
 
 
-def _labels(folder: Path) -> dict[str, Any]:
-    """The entries of a configuration that name the classes; ImageNet's synsets by their words too."""
+def _labels(folder: Path, outputs: int) -> dict[str, Any]:
+    """The entries of a configuration that name the classes; ImageNet's synsets by their words too.
+
+    Fewer classes than outputs are named by their indices: timm takes a shorter list for that of another network.
+    """
     path = folder / CLASS_MAP
     if not path.exists():
         return {}
-    names = path.read_text(encoding='utf-8').splitlines()
+    names = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')  # not at U+2028, as timm reads it
     imagenet = ImageNetInfo('imagenet-22k')
     synsets = set(names) <= set(imagenet.label_names())
     words = {name: imagenet.label_name_to_description(name) for name in names} if synsets else None
-    return {'label_names': names, 'label_descriptions': words}
+    return {'label_names': dict(enumerate(names)) if len(names) < outputs else names, 'label_descriptions': words}
 
 
 def metric_by_epoch(folder: Path, metric: str) -> dict[int, float]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .loss import check_targets
 from .model_config import own_config
 from .networks import frozen, without_autocast
 from .reference import per_channel
-from .runs import BEST, is_run, model_arguments
+from .runs import best_checkpoint, is_run, model_arguments
 from .train_args import NameValues
 from .train_data import check_classes, columns, open_dataset, plain_loader
 
@@ -29,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `gencnn validate`; those of timm's validate.py go by the same names."""
     add = parser.add_argument
     switch: dict[str, Any] = {'action': 'store_true'}
-    add('data', nargs='?', metavar='DIR', help='as --data-dir')
+    add(
+        'data',
+        nargs='?',
+        metavar='DIR',
+        help='as --data-dir; or the folder of a training run, whose flags and best checkpoint are taken',
+    )
     add('-c', '--config', default='', metavar='FILE', help="YAML file, or a run's args.yaml")
     add('--data-dir', metavar='DIR', help='root folder of the data set')
     add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
@@ -80,10 +86,10 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Missing data, classes that do not fit, or an unusable checkpoint.
     """
+    if args.data and is_run(args.data):  # its args.yaml has been read by ConfigParser
+        args.checkpoint = args.checkpoint or str(best_checkpoint(Path(args.data)))
+        args.data = None
     args.data_dir = args.data or args.data_dir
-    if args.data_dir and is_run(args.data_dir):
-        run = args.data_dir
-        raise ValueError(f'{run!r} is a training run: give -c {run}/args.yaml --checkpoint {run}/last.pth.tar')
     device = torch.device(args.device)
     model = _create_model(args).to(device).eval()
     # published figures are those at the published test size; a run is validated at the size it was trained with
@@ -117,8 +123,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _create_model(args: argparse.Namespace) -> Any:
     if args.checkpoint and is_run(args.checkpoint):
-        run = args.checkpoint.rstrip('/')
-        raise ValueError(f'{run!r} is a training run: give -c {run}/args.yaml --checkpoint {run}/{BEST}')
+        raise ValueError(f'{args.checkpoint!r} is a training run: give it without --checkpoint')
     try:
         overlay = args.pretrained_cfg_overlay or None
         arguments = model_arguments(vars(args))
