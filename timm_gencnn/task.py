@@ -62,7 +62,8 @@ class GenerativeTask(ClassificationTask):
             one: that of step t (from 0) 20 / (t + 20) in Z_y, which moves fast at first, so that the mean lags by
             t / 21 steps, and 1 / (t + 1) in the ESS.
         on_switch: Called without arguments after the switch, for example to restart a learning-rate schedule.
-        device, dtype, verbose: As in timm's ClassificationTask.
+        device: Where the model is; None finds out.
+        dtype, verbose: As in timm's ClassificationTask.
 
     Attributes:
         optimizer: None, or the optimizer, which then forgets at the switch what it knows of the bias: Lookahead and
@@ -101,6 +102,8 @@ class GenerativeTask(ClassificationTask):
             raise ValueError(f'momentum {momentum} is outside (0, 1]')
         if queue < 0 or (gen_steps is not None and gen_steps < 0):
             raise ValueError(f'queue {queue} and gen_steps {gen_steps} must not be negative')
+        if device is None:
+            device = next((p.device for p in model.parameters()), None)
         super().__init__(model, criterion, criterion_kwargs, device, dtype, verbose)
         self.phase = phase
         self.gen_steps = gen_steps
@@ -125,6 +128,14 @@ class GenerativeTask(ClassificationTask):
         self.queue: Tensor | None = None
         self._new_counts: Tensor | None = None  # those of this rank, not yet added to class_counts
         self._ema_intercepts: Tensor | None = None  # [C]
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> 'GenerativeTask':
+        """Take the running estimates along to another device."""
+        super()._apply(fn, *args, **kwargs)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(self.device))
+        return self
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'GenerativeTask':
         """Wrap the model in DistributedDataParallel and take the softmax over the images of all ranks."""
