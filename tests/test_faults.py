@@ -352,9 +352,20 @@ def test_extreme_numbers_that_are_allowed_give_images_or_a_warning(name: str, va
 # Memory
 
 
-def test_an_image_that_does_not_fit_alone_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    'error',
+    [
+        torch.OutOfMemoryError('CUDA out of memory'),
+        RuntimeError('CUDA error: out of memory'),
+        RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+        RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
+    ],
+)
+def test_an_image_that_does_not_fit_alone_is_a_clear_error(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hungry(score: hmc.Score, z: Tensor) -> Any:
-        raise torch.OutOfMemoryError('CUDA out of memory')
+        raise error
 
     monkeypatch.setattr(hmc, 'score_and_grad', hungry)
     with (

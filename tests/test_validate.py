@@ -247,6 +247,7 @@ def test_class_map_is_not_that_of_the_other_data_set(folder):
         (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere'"),
         (['--model-kwargs', 'depth=3'], "cannot load model 'lenet'"),
         (['--model', 'lennet'], "cannot load model 'lennet'"),
+        (['--device', 'abacus'], "device 'abacus' cannot be used, try 'cpu'"),
     ],
 )
 def test_bad_input(folder, capsys, more, message):

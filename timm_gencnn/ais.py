@@ -25,7 +25,7 @@ class LogZ(NamedTuple):
         standard_error: Standard error of `log_z` by the delta method, sd(w) / (mean(w) sqrt(n)). It can be trusted
             while the ESS is a good part of the number of chains.
         ess: Effective sample size of the weights, 1 to n.
-        log_weights: Log importance weight of each chain [n], float64.
+        log_weights: Log importance weight of each chain [n], float64, on the CPU.
         acceptance: Mean acceptance over all transitions.
         gradients: Gradients per chain.
     """
@@ -74,7 +74,7 @@ def log_z(
         raise ValueError(f'{n} chains and {levels} levels given: a standard error needs at least 2 of each')
     eps = math.pi / 4 / n_leapfrog if step_size is None else step_size
     parts = [_anneal(score, shape, some, levels, n_leapfrog, eps) for some in streams.split(batch or n)]
-    log_weights, acceptance = (torch.cat(part) for part in zip(*parts, strict=True))
+    log_weights, acceptance = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     w = (log_weights - log_weights.max()).exp()
     return LogZ(
         (log_weights.logsumexp(0) - math.log(n)).item(),

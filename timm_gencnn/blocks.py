@@ -112,8 +112,6 @@ class Run:
             sides = ' x '.join(map(str, self.score.size))
             raise ValueError(f'out of memory with one {sides} image at a time: give a smaller size') from e
         self.batch = max(1, min(self.batch, len(self.score.nodes) * self.sampling.n) // 2)
-        if self.device.type == 'cuda':
-            torch.cuda.empty_cache()
         warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=5)
 
     @contextmanager
@@ -193,4 +191,10 @@ def _needs_contiguous(e: BaseException) -> bool:
 
 
 def _out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, torch.OutOfMemoryError) or 'not enough memory' in str(e) or "can't allocate memory" in str(e)
+    told = (
+        'not enough memory',
+        "can't allocate memory",
+        'CUDA error: out of memory',
+        '_ALLOC_FAILED',
+    )  # by CUDA's libraries
+    return isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in told)

@@ -141,7 +141,7 @@ class GenerativeMixin(nn.Module):
         from tqdm.auto import tqdm
 
         parameter = next(self.parameters())
-        log_sum = log_sum_of_squares = torch.tensor(-torch.inf, dtype=torch.float64)
+        log_sum = log_sum_of_squares = torch.tensor(-torch.inf, dtype=torch.float64, device='cpu')
         n = 0
         for batch in tqdm(loader, desc='log Z', disable=not progress):
             images = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -315,7 +315,7 @@ class GenerativeMixin(nn.Module):
                 f'{type(self).__name__} does not tell its image size, needed to test the fold: call estimate_log_z()'
             )
         parameter = next(self.parameters())
-        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), device='cpu').to(parameter)
 
     @property
     def _model_args(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from . import zoo
 from .card import is_untouched, render_card
 from .config_check import check_hash, read_config
 from .model_config import WEIGHTS, own_config, write_model
-from .networks import MODEL, add_weight_arguments, load_model, weight_arguments
+from .networks import MODEL, add_weight_arguments, default_device, load_model, weight_arguments
 from .node_lists import expand
 from .registry import PREFIX
 from .runs import load_run, means_run
@@ -434,7 +434,10 @@ def main(args: argparse.Namespace) -> None:
         measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))
     results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})
     nodes = [name for node in args.nodes for name in expand(model, node)]
-    gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed)] if nodes else []
+    gallery = []
+    if nodes:
+        where = default_device(None)
+        gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed, device=where)]
     pushed = push_to_hub(
         model,
         args.repo_id,

@@ -142,6 +142,7 @@ _SAME_FUNCTION = {
     'pretrained_cfg_overlay',
     'pretrained_model_args',
     'cache_dir',
+    'device',
     'drop_rate',
     'drop_path_rate',
 }

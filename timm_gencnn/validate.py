@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .generative import as_generative
 from .loss import check_targets
 from .model_config import own_config
-from .networks import frozen, without_autocast
+from .networks import frozen, move, without_autocast
 from .reference import per_channel
 from .runs import best_checkpoint, is_run, model_arguments
 from .train_args import NameValues
@@ -84,14 +84,15 @@ def main(args: argparse.Namespace) -> None:
     """Validate as the flags say, and print one figure a line.
 
     Raises:
-        ValueError: Missing data, classes that do not fit, or an unusable checkpoint.
+        ValueError: Missing data, classes that do not fit, or an unusable checkpoint or device.
     """
     if args.data and is_run(args.data):  # its args.yaml has been read by ConfigParser
         args.checkpoint = args.checkpoint or str(best_checkpoint(Path(args.data)))
         args.data = None
     args.data_dir = args.data or args.data_dir
+    model = _create_model(args).eval()
+    move(model, args.device)
     device = torch.device(args.device)
-    model = _create_model(args).to(device).eval()
     # published figures are those at the published test size; a run is validated at the size it was trained with
     config = resolve_input_data_config(model, vars(args), use_test_size=not args.checkpoint)
     if args.channels_last:
@@ -201,8 +202,8 @@ def noisy(loader: Any, sigma: float, std: Sequence[float], seed: int = 0) -> Ite
     generator = torch.Generator().manual_seed(seed)
     for images, target in loader:
         if sigma > 0:
-            scale = sigma / torch.tensor(per_channel(std, images.shape[1])).view(-1, 1, 1)
-            images = images + (scale * torch.randn(images.shape, generator=generator)).to(images)
+            scale = sigma / torch.tensor(per_channel(std, images.shape[1]), device='cpu').view(-1, 1, 1)
+            images = images + (scale * torch.randn(images.shape, generator=generator, device='cpu')).to(images)
         yield images, target
 
 

@@ -83,10 +83,12 @@ def visualize(
             images (`diagnostics['tilt']` has them).
         size: Image side or (height, width) in pixels; None is that of a reference of one's own, else the model's own
             or, for channels of early convolutions alone, one and a half times their receptive field.
-        seed: Non-negative integer; the same seed gives the same pixels on the same machine.
+        seed: Non-negative integer; the same seed gives the same pixels on the same machine (on a GPU only as far as its
+            convolutions sum in the same order each time).
         device: Where to run, with the model moved there; None is where the model is.
         dtype: `torch.bfloat16` or `torch.float16` runs the network under autocast; in the exact regime only for the
-            kicks inside a trajectory, so that the accept test stays in float32.
+            kicks inside a trajectory, so that the accept test stays in float32 (on a GPU, convolutions are in TF32
+            unless `torch.backends.cudnn.allow_tf32` is False).
         compile: Whether to run the network through `torch.compile`, which costs minutes before the first gradient.
         frames: Images of the run to keep for `Samples.animate`, at most one per transition.
         preset: `'paper-lenet'` or `'paper-alexnet'`: the settings of the paper's own pictures (see
