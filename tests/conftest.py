@@ -1,8 +1,9 @@
-"""A Hub on the loopback interface, a process with a Hub client that talks to it, and a single thread: for who asks."""
+"""A Hub on the loopback interface, a process with a Hub client that talks to it, a single thread: for who asks."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -12,6 +13,13 @@ import hub_client
 import pytest
 import torch
 from hub_server import LoopbackHub, running_hub
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where no test that needs a GPU is asked for, commands run on the CPU as they do without one, bit for bit."""
+    marks = config.option.markexpr
+    if marks and 'gpu' not in marks.replace('not gpu', ''):
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
 @pytest.fixture(scope='session')
