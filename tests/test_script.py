@@ -278,18 +278,22 @@ def test_resume_goes_on_bit_equal(script, images, tmp_path, stop):
     assert rows(tmp_path / 'straight') == rows(tmp_path / 'parts')
 
 
-@pytest.mark.parametrize('pool', ['--pool-reference', '--unlabeled-data-dir'])
+UNLABELED = ['--unlabeled-data-dir', '{images}', '--unlabeled-split', 'validation']
+
+
+@pytest.mark.parametrize('pool', [['--pool-reference'], UNLABELED, [*UNLABELED, '--unlabeled-weight', '1']])
 def test_further_images_join_the_pool_before_the_switch_only(script, images, tmp_path, pool):
-    more = [pool] if pool == '--pool-reference' else [pool, str(images), '--unlabeled-split', 'validation']
+    more = [flag.format(images=images) for flag in pool]
     log_z, weights = {}, {}
     for phase in ('GG', 'DG'):
-        for name, flags in (('with', more), ('without', [])):
+        for name, flags in (('with', more), ('without', []), ('in the softmax', more[:4])):
             out = tmp_path / f'{phase}_{name}'
             assert run(script, images, out, '--phase', phase, '--epochs', '1', *flags) == 0
             log_z[phase, name] = load(out)['task_state']['log_z']
             weights[phase, name] = load(out)['state_dict']
     assert not torch.allclose(log_z['GG', 'with'], log_z['GG', 'without'])
     assert same(weights['DG', 'with'], weights['DG', 'without'])
+    assert same(weights['GG', 'with'], weights['GG', 'in the softmax']) == (len(more) <= 4)
 
 
 def run_rank(rank: int, port: int, script: Path, images: Path, out: Path) -> None:
@@ -320,6 +324,7 @@ def test_two_ranks(script, images, tmp_path):
         (SCRIPT, ['--phase', 'GG', *FEW], 'do not fill one batch of 999: lower --unlabeled-batch-size'),
         ('# ' + SCRIPT.replace('\n', '\n# '), ['--phase', 'GG'], 'has created no ClassificationTask'),
         (SCRIPT, [], 'give --gen-epochs or --switch-ess'),
+        (SCRIPT, ['--phase', 'GG', '--unlabeled-weight', '1'], 'weighs no image: name an --unlabeled-dataset'),
         (None, [], 'is not a file'),
     ],
 )

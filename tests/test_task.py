@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import assert_no_gloo_thread
+from sklearn.datasets import load_digits
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import CheckpointSaver, unwrap_model
@@ -164,6 +165,7 @@ def test_pure_phases_never_switch(phase):
         ({'momentum': 0.0}, 'momentum 0.0 is outside'),
         ({'switch_ess': 'flat'}, "switch_ess 'flat' is neither"),
         ({'queue': -1}, 'queue -1'),
+        ({'unlabeled_weight': -1.0}, r'unlabeled_weight -1.0 is outside \[0, inf\)'),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -258,6 +260,54 @@ def test_unlabeled_images_enter_the_softmax_only():
     labeled = task(x, target)['loss']
     assert not torch.isclose(result['loss'], labeled)
     torch.testing.assert_close(make(phase='DG')(x, target, unlabeled=extra), make(phase='DG')(x, target))
+
+
+def test_unlabeled_images_are_learned_as_of_their_most_probable_classes():
+    task = make(unlabeled_weight=0.5, queue=24)
+    train(task, 3)
+    x, target = batch(3)
+    extra, _ = batch(4, 8)
+    with torch.no_grad():
+        free = task.trainable_module(extra)
+        images = torch.cat([task.trainable_module(x), free, task.queue])
+    counts = task.class_counts + 1
+    classes = (free - images.logsumexp(0) + counts.log()).argmax(1)
+    assert len(classes.unique()) > 1
+    result = task(x, target, unlabeled=extra)
+    logits = task.trainable_module(torch.cat([x, extra]))
+    log_ratio = logits - torch.cat([logits, images[-24:]]).logsumexp(0) + math.log(len(images))
+    labeled, unlabeled = log_ratio[range(N), target].mean(), log_ratio[range(N, N + 8), classes].mean()
+    torch.testing.assert_close(result['loss'], -labeled - 0.5 * unlabeled)
+    assert result['output'].shape == (N, C)
+    assert task.queue.shape == (24, C)
+
+
+def test_unlabeled_images_improve_upon_a_few_labels():
+    """Three labels a digit. In the softmax alone the other digits do harm; learned, they help."""
+    digits = load_digits()
+    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.as_tensor(digits.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, rest = order[:500], order[500:]
+    few = torch.cat([rest[labels[rest] == c][:3] for c in range(10)])
+
+    def error(weight: float | None) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+        task = GenerativeTask(model, phase='GG', verbose=False, unlabeled_weight=weight or 0.0)
+        optimizer = torch.optim.SGD(task.parameters(), 0.1, momentum=0.9)
+        for i in range(150):
+            some = rest[torch.randint(len(rest), (64,), generator=torch.Generator().manual_seed(i))]
+            loss = task(images[few], labels[few], unlabeled=None if weight is None else images[some])['loss']
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            wrong = task.get_eval_model()(images[test]).argmax(1) != labels[test]
+        return wrong.float().mean().item()
+
+    errors = {weight: error(weight) for weight in (None, 0.0, 1.0)}
+    assert errors[1.0] + 0.02 < errors[None] < errors[0.0] - 0.02
 
 
 def test_images_may_come_as_a_dict():
@@ -430,7 +480,10 @@ def rank_batches(world: int, case: str) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def start(mode: str) -> GenerativeTask:
-    task = make(phase='GG', running_log_z=mode == 'running', queue=24 if mode == 'resumed' else 0)
+    weight = 0.5 if mode == 'unlabeled' else 0.0
+    task = make(
+        phase='GG', running_log_z=mode == 'running', queue=24 if mode == 'resumed' else 0, unlabeled_weight=weight
+    )
     if mode == 'resumed':
         first = make(phase='GG', queue=24)
         train(first, 2)
@@ -459,11 +512,11 @@ def run_rank(rank: int, world: int, folder: str) -> None:
 def save_gradients(rank: int, world: int, folder: str) -> None:
     results = {}
     for case in ('uneven', 'missing'):
-        for mode in ('batch', 'running', 'resumed'):
+        for mode in ('batch', 'running', 'resumed', 'unlabeled'):
             task = start(mode)
             task.prepare_distributed()
             x, target = rank_batches(world, case)[rank]
-            loss = task(x, target)['loss']
+            loss = task(x, target, unlabeled=-x if mode == 'unlabeled' else None)['loss']
             loss.backward()
             model = unwrap_model(task.trainable_module)
             mean = loss.detach().clone()
@@ -487,7 +540,7 @@ def test_ranks_give_the_gradient_of_one_big_batch(tmp_path, world):
         task = start(mode)
         parts = rank_batches(world, case)
         x, target = whole_batch(world, case)
-        loss = task(x, target)['loss']
+        loss = task(x, target, unlabeled=-x if mode == 'unlabeled' else None)['loss']
         loss.backward()
         expected = (task.trainable_module.fc.weight.grad, loss.detach(), task.log_z, task.class_counts)
         for a, b in zip(got, expected, strict=True):

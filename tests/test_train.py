@@ -586,11 +586,16 @@ def test_columns_of_the_labeled_images_are_not_asked_of_an_unlabeled_folder(imag
 
 def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
     unlabeled = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation', '--unlabeled-batch-size', '5']
-    losses = []
-    for more in ([], unlabeled):
+    losses = set()
+    for more in ([], unlabeled, [*unlabeled, '--unlabeled-weight', '0.5']):
         assert cli.main(flags(images, tmp_path, '--epochs', '1', *more)) == 0
-        losses.append(list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]['train_loss'])
-    assert losses[0] != losses[1]
+        losses.add(list(csv.DictReader((tmp_path / 'run/summary.csv').open()))[-1]['train_loss'])
+    assert len(losses) == 3
+
+
+def test_the_weight_of_no_unlabeled_images_is_refused(images, tmp_path, capsys):
+    error = failure(capsys, flags(images, tmp_path, '--unlabeled-weight', '1'))
+    assert '--unlabeled-weight 1.0 weighs no image: name an --unlabeled-dataset' in error
 
 
 def test_unlabeled_images_are_not_loaded_after_the_switch(images, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import train_data
 from .reference import natural_for
 from .task import GenerativeTask
-from .train_args import add_generative_arguments
+from .train_args import add_generative_arguments, check_generative_arguments, has_unlabeled
 
 # Earlier ones of timm's scripts go without get_eval_model: they would validate the model without its intercepts.
 _NEEDED = ('ClassificationTask', 'get_eval_model', 'create_loader', 'create_scheduler_v2')
@@ -50,8 +50,7 @@ def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='gencnn train --script', add_help=False, allow_abbrev=False)
     add_generative_arguments(parser)
     args, rest = parser.parse_known_args(flags)
-    if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
-        raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
+    check_generative_arguments(args)
     session = _Session(args)
     with ExitStack() as stack:
         for owner, name, value in (
@@ -93,6 +92,7 @@ class _Session:
                     hybrid=args.hybrid,
                     queue=args.pool_queue,
                     running_log_z=args.pool_running_log_z,
+                    unlabeled_weight=args.unlabeled_weight,
                 )
                 session.task = self
                 session.connect()
@@ -116,14 +116,14 @@ class _Session:
 
     def _open_pool(self, given: dict[str, Any]) -> None:
         args = self.args
-        if not (args.pool_reference or train_data.has_unlabeled(args)):
+        if not (args.pool_reference or has_unlabeled(args)):
             return
         if given.get('input_size_choices'):
             raise ValueError('the image pool needs images of one size: leave out --train-img-sizes')
         channels, *size = given['input_size']
         if args.pool_reference:
             self.bridge = natural_for(given, channels, tuple(size), given['device']).bridge
-        if train_data.has_unlabeled(args):
+        if has_unlabeled(args):
             dataset = train_data.open_dataset(
                 args.unlabeled_dataset or '', args.unlabeled_data_dir, args.unlabeled_split, channels
             )
@@ -138,7 +138,7 @@ class _Session:
     def create_naflex_loader(self, *positional: Any, **kwargs: Any) -> Any:
         loader = _create_naflex_loader(*positional, **kwargs)
         if kwargs.get('is_training'):
-            if self.args.pool_reference or train_data.has_unlabeled(self.args):
+            if self.args.pool_reference or has_unlabeled(self.args):
                 raise ValueError('further images cannot join patches: leave out --naflex-loader or the further images')
             self.batches = len(loader)
             self.connect()

@@ -53,6 +53,11 @@ class GenerativeTask(ClassificationTask):
         queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
             E_p[grad f] is missing, so that the scores of all images drift upwards, and their logits are as stale as the
             queue is long. Needs a small learning rate. A checkpoint holds the first rank's; the others start anew.
+        unlabeled_weight: Weight w of the likelihood of the unlabeled images, each taken for one of the class that is
+            most probable under the model of the moment: (mean over labeled images) + w (mean over unlabeled ones), the
+            classification likelihood (Celeux and Govaert 1992) of a mixture whose components are the p_y. Biased as far
+            as those guesses are wrong, and they confirm themselves. With 0 these images enter the softmax only, which
+            pushes all their scores down: a few labeled images are then told from the unlabeled ones of their class.
         bridge: Makes of a batch [n, C, H, W] the n images to learn and, behind them, further images of the pool
             [n + m, C, H, W], such as `Natural.bridge`: q is then the mixture of all. Without it nothing tells the
             network what an image is not, and pictures of its nodes need not look like images.
@@ -87,6 +92,7 @@ class GenerativeTask(ClassificationTask):
         switch_ess: float | str | None = None,
         hybrid: float = 0.0,
         queue: int = 0,
+        unlabeled_weight: float = 0.0,
         bridge: Callable[[Tensor], Tensor] | None = None,
         running_log_z: bool = False,
         momentum: float = 0.01,
@@ -98,6 +104,8 @@ class GenerativeTask(ClassificationTask):
             raise ValueError(f"switch_ess {switch_ess!r} is neither a number of images nor 'plateau'")
         if not 0 <= hybrid < 1:
             raise ValueError(f'hybrid {hybrid} is outside [0, 1); phase DG is the discriminative loss alone')
+        if not 0 <= unlabeled_weight < math.inf:
+            raise ValueError(f'unlabeled_weight {unlabeled_weight} is outside [0, inf)')
         if not 0 < momentum <= 1:
             raise ValueError(f'momentum {momentum} is outside (0, 1]')
         if queue < 0 or (gen_steps is not None and gen_steps < 0):
@@ -110,6 +118,7 @@ class GenerativeTask(ClassificationTask):
         self.switch_ess = switch_ess
         self.hybrid = hybrid
         self.queue_size = queue
+        self.unlabeled_weight = unlabeled_weight
         self.bridge = bridge
         self.running_log_z = running_log_z
         self.momentum = momentum
@@ -152,7 +161,7 @@ class GenerativeTask(ClassificationTask):
             input: Images [n, C, H, W], or what else the model takes, such as a dict of patches.
             target: Class indices [n] or class weights [n, C].
             unlabeled: Images without a class [m, C, H, W]. In the generative phase they enter the softmax, so that q
-                is the mixture of both sets; otherwise they are not used.
+                is the mixture of both sets, and, with an `unlabeled_weight`, the loss; otherwise they are not used.
 
         Returns:
             'loss', a scalar, and 'output', the logits of the labeled images [n, C].
@@ -172,13 +181,25 @@ class GenerativeTask(ClassificationTask):
         if self.running_log_z:
             scores = logits if self.queue is None else torch.cat([logits, self.queue])
             self._update_log_z(log_mean_exp(scores.detach(), self.generative_loss.distributed))
-        loss = self.generative_loss(output, target, pool, log_z=self.log_z if self.running_log_z else None)
+        log_z = self.log_z if self.running_log_z else None
+        loss = self.generative_loss(output, target, pool, log_z)
+        if self.unlabeled_weight and unlabeled is not None:
+            loss = loss + self.unlabeled_weight * self._loss_of_unlabeled(logits, len(unlabeled), log_z)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)
         self._track(logits.detach(), target.detach())
         if self.hybrid:
             loss = torch.lerp(loss, self.criterion(output, target).to(loss.dtype), self.hybrid)
         return {'loss': loss, 'output': output}
+
+    def _loss_of_unlabeled(self, logits: Tensor, m: int, log_z: Tensor | None) -> Tensor:
+        """The generative loss of the last m images, of their most probable classes, with the others as their pool."""
+        pool, free = logits[:-m], logits[-m:]
+        assert self.generative_loss.log_z is not None
+        classes = (free.detach() + self._log_priors() - self.generative_loss.log_z).argmax(1)
+        if self.queue is not None:
+            pool = torch.cat([pool, self.queue])
+        return self.generative_loss(free, classes, pool, log_z)
 
     # Running estimates
 
@@ -261,7 +282,7 @@ class GenerativeTask(ClassificationTask):
         return self.generative and self.hybrid == 0 and self.log_z is not None
 
     def intercepts(self, ema: bool = False) -> Tensor:
-        """alpha_y = log rho_y - log Z_y from the running estimates [C]; one image more a class keeps them finite.
+        """alpha_y = log rho_y - log Z_y from the running estimates [C].
 
         Args:
             ema: For the averaged weights.
@@ -271,10 +292,16 @@ class GenerativeTask(ClassificationTask):
         """
         if ema and self._ema_intercepts is not None:
             return self._ema_intercepts
-        if self.log_z is None or self.class_counts is None:
+        if self.log_z is None:
             raise ValueError('no log Z yet: the intercepts are known after the first generative training step')
+        return self._log_priors() - self.log_z
+
+    def _log_priors(self) -> Tensor:
+        """log rho_y from the images so far, one more a class to keep it finite [C]; before the first a scalar."""
+        if self.class_counts is None:
+            return torch.zeros((), device=self.device)
         counts = self.class_counts + 1
-        return (counts / counts.sum()).log() - self.log_z
+        return (counts / counts.sum()).log()
 
     def update_ema(self, step: int | None = None) -> None:
         """Update the averaged weights, and their intercepts."""

@@ -195,6 +195,7 @@ class Trainer:
             queue=args.pool_queue,
             bridge=self.reference.bridge if args.pool_reference else None,
             running_log_z=args.pool_running_log_z,
+            unlabeled_weight=args.unlabeled_weight,
         )
         if args.model_ema:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None

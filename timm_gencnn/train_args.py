@@ -63,6 +63,13 @@ def add_generative_arguments(parser: Any) -> None:
     add('--unlabeled-split', default='train', metavar='NAME')
     add('--unlabeled-batch-size', type=int, metavar='N', help='default: as --batch-size')
     add(
+        '--unlabeled-weight',
+        type=float,
+        default=0.0,
+        metavar='W',
+        help='weight of their own likelihood, each as of its most probable class; 0: they enter the softmax only',
+    )
+    add(
         '--pool-reference',
         action='store_true',
         help="before the switch, images between the training images and the pictures' reference join the image pool",
@@ -279,6 +286,23 @@ _LEAST = {
 }
 
 
+def check_generative_arguments(args: argparse.Namespace) -> None:
+    """Refuse what `add_generative_arguments` reads but does not make sense together.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
+        raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
+    if args.unlabeled_weight and not has_unlabeled(args):
+        raise ValueError(f'--unlabeled-weight {args.unlabeled_weight} weighs no image: name an --unlabeled-dataset')
+
+
+def has_unlabeled(args: argparse.Namespace) -> bool:
+    """Whether the flags ask for unlabeled images."""
+    return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before anything is loaded.
 
@@ -286,8 +310,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ValueError: They do.
     """
     args.data_dir = args.data or args.data_dir
-    if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
-        raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
+    check_generative_arguments(args)
     if args.phase != 'DG' and args.batch_size < 2 and int(os.environ.get('WORLD_SIZE', 1)) < 2:
         raise ValueError(f'batch size {args.batch_size} has no image pool: phase {args.phase} needs at least 2 images')
     for name, least in _LEAST.items():

@@ -16,6 +16,7 @@ from torchvision.transforms import Compose, RandomCrop
 
 from . import device_data
 from .device_data import DeviceLoader
+from .train_args import has_unlabeled
 
 COLOR_JITTER = 0.4  # timm's default
 _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'}  # usual names of folders
@@ -204,11 +205,6 @@ def train_loader(args: argparse.Namespace, config: dict[str, Any], device: torch
     check_classes(dataset, args.num_classes)
     collate = mixup if isinstance(mixup, FastCollateMixup) else None
     return _train_loader(dataset, args.batch_size, args, config, device, collate_fn=collate)
-
-
-def has_unlabeled(args: argparse.Namespace) -> bool:
-    """Whether the flags ask for unlabeled images."""
-    return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
 
 
 def columns(args: argparse.Namespace, name: str | None) -> dict[str, Any]:

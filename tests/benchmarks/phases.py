@@ -38,7 +38,10 @@ def phases(few_labels: bool = False) -> dict[str, str]:
     """Rows of a table: their names, and the flags of `gencnn train`."""
     rows = {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')}
     if few_labels:
-        return rows | {f'{phase}, pool': f'{rows[phase]} --unlabeled-dataset {{dataset}}' for phase in ('GG', 'GG+DG')}
+        for phase in ('GG', 'GG+DG'):
+            rows[f'{phase}, pool'] = f'{rows[phase]} --unlabeled-dataset {{dataset}}'
+            rows[f'{phase}, learned'] = f'{rows[phase]} --unlabeled-dataset {{dataset}} --unlabeled-weight 1'
+        return rows
     return rows | {'hybrid': '--phase GG --hybrid 0.5'}
 
 
