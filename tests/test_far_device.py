@@ -309,7 +309,7 @@ TASKS = [
     {'phase': 'DG'},
     {'phase': 'GG', 'queue': 8} | bridge,
     {'phase': 'GG', 'running_log_z': True, 'queue': 4, 'soft': True},
-    {'phase': 'GG', 'hybrid': 0.3, 'unlabeled': True},
+    {'phase': 'GG', 'hybrid': 0.3, 'unlabeled': True, 'unlabeled_weight': 0.5},
     {'phase': 'GG+DG', 'gen_steps': 3},
     {'phase': 'GG', 'distributed': True},
     {'phase': 'GG', 'distributed': True, 'running_log_z': True},
