@@ -773,6 +773,8 @@ def test_settings_are_converted_as_flags_are(tmp_path, capsys):
         1,
         None,
     )
+    path.write_text('amp: true\n')
+    assert [parse(['train', '-c', str(path), *more]).amp for more in ([], ['--no-amp'])] == [True, False]
     path.write_text('experiment: 2024\n')
     assert parse(['train', '-c', str(path)]).experiment == '2024'
     for line, error in (
@@ -781,7 +783,7 @@ def test_settings_are_converted_as_flags_are(tmp_path, capsys):
         ('lr: [0.1]', "argument --lr: invalid float value: '[0.1]'"),
         ('mean: [0.5, half]', "argument --mean: invalid float value: 'half'"),
         ('phase: GD', "argument --phase: invalid choice: 'GD'"),
-        ('amp: "false"', "argument --amp: expected true or false, got 'false'"),
+        ('amp: "false"', "argument --amp/--no-amp: expected true or false, got 'false'"),
         ('input_size: [1, 28]', 'argument --input-size: expected 3 values, got [1, 28]'),
         ('model_kwargs: a=1', 'argument --model-kwargs: expected lines of the form "name: value", got \'a=1\''),
     ):

@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('device').add_argument
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    add('--amp', **switch, help='mixed precision')
+    add('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
     add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
     add('--no-ddp-bb', **switch, help='do not broadcast buffers')
     add('--sync-bn', **switch, help='synchronised batch norm')
