@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,13 @@ SPLIT = {'mnist': 'test', 'cifar10': 'test', 'tiny_imagenet_100': 'validation'}
 COLUMNS = ('error', 'nll', 'ece', 'noise_error', 'auroc_1', 'auroc_2')
 
 
-def phases(few_labels: bool = False) -> dict[str, str]:
+def phases(unlabeled: bool = False, learned: Sequence[str] = ()) -> dict[str, str]:
     """Rows of a table: their names, and the flags of `gencnn train`."""
     rows = {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')}
-    if few_labels:
-        for phase in ('GG', 'GG+DG'):
-            rows[f'{phase}, pool'] = f'{rows[phase]} --unlabeled-dataset {{dataset}}'
-            rows[f'{phase}, learned'] = f'{rows[phase]} --unlabeled-dataset {{dataset}} --unlabeled-weight 1'
-        return rows
-    return rows | {'hybrid': '--phase GG --hybrid 0.5'}
+    if not unlabeled:
+        return rows | {'hybrid': '--phase GG --hybrid 0.5'}
+    pool = {f'{phase}, pool': f'{rows[phase]} --unlabeled-dataset {{dataset}}' for phase in ('GG', 'GG+DG')}
+    return rows | pool | {f'{phase}, learned': f'{pool[f"{phase}, pool"]} --unlabeled-weight 1' for phase in learned}
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,18 @@ CIFAR = Experiment('cifar10', '-c resnet_short', ('tiny_imagenet_100', 'mnist'),
 IN100_FLAGS = '-c resnet_short --model resnet10_w16_s2 --val-split validation'
 IN100 = Experiment('tiny_imagenet_100', IN100_FLAGS, ('cifar10', 'mnist'), 0.05)
 EXPERIMENTS = {'mnist': MNIST, 'cifar10': CIFAR, 'in100': IN100}
-FEW_LABELS = {  # data set, per cent of its labels (each seed has its own images): epochs, those of GG in GG+DG
-    ('mnist', 1): (250, 160),
-    ('mnist', 10): (75, 48),
-    ('cifar10', 1): (200, 100),
-    ('cifar10', 10): (30, 15),
-    ('in100', 1): (200, 100),
-    ('in100', 10): (30, 15),
+FEW_LABELS = {  # data set, per cent of its labels (each seed has its own images): epochs, those of GG in GG+DG, learned
+    ('mnist', 1): (250, 160, ('GG', 'GG+DG')),
+    ('mnist', 10): (75, 48, ('GG',)),
+    ('cifar10', 1): (200, 100, ('GG',)),
+    ('cifar10', 10): (30, 15, ()),
+    ('in100', 1): (200, 100, ()),
+    ('in100', 10): (30, 15, ()),
 }
-for (name, share), lengths in FEW_LABELS.items():
+for (name, share), (epochs, gen_epochs, learned) in FEW_LABELS.items():
     base = EXPERIMENTS[name]
-    few = f'{base.flags} {FEW.format(*lengths)}'
-    EXPERIMENTS[f'{name}-{share}%'] = replace(base, flags=few, share=share, rows=phases(few_labels=True))
+    few = f'{base.flags} {FEW.format(epochs, gen_epochs)}'
+    EXPERIMENTS[f'{name}-{share}%'] = replace(base, flags=few, share=share, rows=phases(True, learned))
 SMALL = {phase: f'--phase {phase} -b 16' for phase in ('DG', 'GG', 'GG+DG')}  # four times the updates
 EXPERIMENTS['mnist-1%-batch16'] = replace(EXPERIMENTS['mnist-1%'], rows=SMALL)
 
