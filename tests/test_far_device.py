@@ -233,6 +233,16 @@ def test_receptive_fields_are_measured_without_the_fast_convolutions(monkeypatch
     assert torch.backends.cudnn.enabled
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='an older torch has one precision for all')
+def test_receptive_fields_where_convolutions_have_a_precision_of_their_own():
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, 'ieee'
+    try:
+        assert receptive_field(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), '0', size=SIDE) == (3, 3)
+    finally:
+        conv.fp32_precision = before
+
+
 # The generative class
 
 

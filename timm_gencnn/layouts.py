@@ -220,8 +220,12 @@ def measure_receptive_field(result: Probe, tensor: Tensor) -> tuple[int, int]:
     """Height and width in pixels of the image part that the central unit of an NCHW `tensor` depends on."""
     unit = tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2]
     weight = seeded(torch.randn, unit.shape, 2).to(unit)
-    with torch.backends.cudnn.flags(enabled=False):  # its fast convolutions leave rounding errors in place of zeros
+    cudnn = torch.backends.cudnn
+    enabled, cudnn.enabled = cudnn.enabled, False  # its fast convolutions leave rounding errors in place of zeros
+    try:  # not cudnn.flags, which fails where somebody has set the precision of convolutions alone
         slope = grad((unit * weight).sum(), result.images)
+    finally:
+        cudnn.enabled = enabled
     if slope is None or not slope.any():
         return result.images.shape[2], result.images.shape[3]
     seen = (slope != 0).flatten(0, 1).any(0)
