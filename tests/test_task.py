@@ -282,6 +282,12 @@ def test_unlabeled_images_are_learned_as_of_their_most_probable_classes():
     assert task.queue.shape == (24, C)
 
 
+def test_no_unlabeled_images_weigh_nothing():
+    x, target = batch()
+    losses = [make(unlabeled_weight=0.5)(x, target, unlabeled=none)['loss'] for none in (None, x[:0])]
+    assert losses[0] == losses[1]
+
+
 def test_unlabeled_images_improve_upon_a_few_labels():
     """Three labels a digit. In the softmax alone the other digits do harm; learned, they help."""
     digits = load_digits()

@@ -161,7 +161,8 @@ class GenerativeTask(ClassificationTask):
             input: Images [n, C, H, W], or what else the model takes, such as a dict of patches.
             target: Class indices [n] or class weights [n, C].
             unlabeled: Images without a class [m, C, H, W]. In the generative phase they enter the softmax, so that q
-                is the mixture of both sets, and, with an `unlabeled_weight`, the loss; otherwise they are not used.
+                is the mixture of both sets, and, with an `unlabeled_weight`, the loss; otherwise they are not used. All
+                ranks have some, if not as many, or none has.
 
         Returns:
             'loss', a scalar, and 'output', the logits of the labeled images [n, C].
@@ -183,7 +184,7 @@ class GenerativeTask(ClassificationTask):
             self._update_log_z(log_mean_exp(scores.detach(), self.generative_loss.distributed))
         log_z = self.log_z if self.running_log_z else None
         loss = self.generative_loss(output, target, pool, log_z)
-        if self.unlabeled_weight and unlabeled is not None:
+        if self.unlabeled_weight and unlabeled is not None and len(unlabeled):
             loss = loss + self.unlabeled_weight * self._loss_of_unlabeled(logits, len(unlabeled), log_z)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)
