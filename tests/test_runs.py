@@ -191,7 +191,7 @@ def test_pictures_of_a_run_are_those_of_its_network_preprocessing_and_classes(wr
 def test_a_run_is_no_shipped_checkpoint_and_comes_from_no_hub(write_run):
     trained = timm.create_model('gencnn_lenet').eval()
     folder = write_run(trained, model='lenet', num_classes=10)
-    model = timm_gencnn.from_pretrained(str(folder))
+    model = timm_gencnn.from_pretrained(folder)
     assert trained.pretrained_cfg['tag']
     assert model.pretrained_cfg['tag'] is None
     with pytest.raises(ValueError, match='training run on this machine: leave out revision'):
@@ -247,10 +247,15 @@ def test_the_first_outputs_have_the_names_of_the_classes(write_run, tmp_path):
     (folder / 'class_map.txt').write_text('left\u2028most\nright\n', encoding='utf-8')
     found = timm_gencnn.visualize(str(folder), ['right', 2], n=1, steps=8, size=32, progress=False)
     assert found.nodes == ['1 right', '2']
+    assert load_run(folder)[0].pretrained_cfg['label_names'] == ['left\u2028most', 'right', '2']
+    (folder / 'class_map.txt').write_text('left\nright\n', encoding='utf-8')
     loaded, facts = load_run(folder)
-    assert loaded.pretrained_cfg['label_names'] == {0: 'left\u2028most', 1: 'right'}
     push_to_hub(loaded, 'alice/net', dry_run=tmp_path / 'published', **facts)
-    assert timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True).num_classes == 3
+    pulled = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True).eval()
+    assert timm_gencnn.visualize(pulled, ['right', 2], n=1, steps=8, size=32, progress=False).nodes == found.nodes
+    (folder / 'class_map.txt').write_text('n01440764\nn01443537\n', encoding='utf-8')
+    nodes = timm_gencnn.visualize(str(folder), ['goldfish', 2], n=1, steps=8, size=32, progress=False).nodes
+    assert nodes == ['1 goldfish', '2']
 
 
 def test_pictures_of_a_checkpoint_alone(write_run, tmp_path):

@@ -28,10 +28,13 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / 'args.yaml').is_file()
 
 
-def means_run(model: str) -> bool:
+def means_run(model: str | Path) -> bool:
     """Whether a model's name means the folder of a training run. A name that timm knows does not: `./NAME` does."""
-    known = timm.models.is_model_pretrained(model) or ('.' not in model and timm.is_model(model))
-    return is_run(model) and not known
+    if isinstance(model, str) and (
+        timm.models.is_model_pretrained(model) or ('.' not in model and timm.is_model(model))
+    ):
+        return False
+    return is_run(model)
 
 
 def best_checkpoint(folder: Path) -> Path:
@@ -75,9 +78,8 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{checkpoint} does not fit the {args["model"]} of its args.yaml: {error}') from error
     data_config = resolve_input_data_config(model, args)
-    model.pretrained_cfg = (
-        own_config(model) | data_config | _labels(folder, model.num_classes) | {'tag': None}
-    )  # no shipped weights
+    labels = _labels(folder, model.num_classes)
+    model.pretrained_cfg = own_config(model) | data_config | labels | {'tag': None}  # no shipped weights
     results = {'dataset': _dataset(args)} | _measured(folder, args, checkpoint)
     settings = {key: value for key, value in args.items() if _is_setting(value)}
     return model.eval(), {
@@ -105,16 +107,18 @@ def model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
 def _labels(folder: Path, outputs: int) -> dict[str, Any]:
     """The entries of a configuration that name the classes; ImageNet's synsets by their words too.
 
-    Fewer classes than outputs are named by their indices: timm takes a shorter list for that of another network.
+    Outputs beyond the classes are called by their indices: timm takes a shorter list for that of another network.
     """
     path = folder / CLASS_MAP
     if not path.exists():
         return {}
     names = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')  # not at U+2028, as timm reads it
     imagenet = ImageNetInfo('imagenet-22k')
-    synsets = set(names) <= set(imagenet.label_names())
-    words = {name: imagenet.label_name_to_description(name) for name in names} if synsets else None
-    return {'label_names': dict(enumerate(names)) if len(names) < outputs else names, 'label_descriptions': words}
+    rest = [str(index) for index in range(len(names), outputs)]
+    words = None
+    if set(names) <= set(imagenet.label_names()):
+        words = {name: imagenet.label_name_to_description(name) for name in names} | {index: index for index in rest}
+    return {'label_names': names + rest, 'label_descriptions': words}
 
 
 def metric_by_epoch(folder: Path, metric: str) -> dict[int, float]:
