@@ -224,9 +224,11 @@ def test_what_is_no_run_says_what_to_give(write_run, tmp_path, capsys, argv, mes
     assert message in capsys.readouterr().err
 
 
-def test_a_run_is_no_checkpoint_of_validation(write_run, capsys):
-    assert cli.main(['validate', '--checkpoint', str(write_run(network()))]) == 2
-    assert 'is a training run: give it without --checkpoint' in capsys.readouterr().err
+@pytest.mark.parametrize('flag', ['--checkpoint', '--data-dir'])
+def test_a_run_is_no_checkpoint_and_no_data_of_validation(write_run, capsys, flag):
+    run = str(write_run(network()))
+    assert cli.main(['validate', flag, run]) == 2
+    assert f'{flag} {run!r} is a training run: give its folder alone, gencnn validate {run}' in capsys.readouterr().err
 
 
 def test_a_name_that_timm_knows_is_no_folder_of_a_run(write_run, monkeypatch, capsys):

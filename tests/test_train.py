@@ -827,13 +827,15 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     path = tmp_path / 'args.yaml'
     timms = {k: v for k, v in run.items() if k not in ('distributed', 'world_size', 'rank', 'local_rank', 'phase')}
     more = {'val_split': 'test', 'pretrained': True, 'tta': 0, 'device': 'cuda:3', 'data': 'there', 'data_dir': None}
-    path.write_text(yaml.safe_dump(timms | more))  # as timm's train.py writes them
+    path.write_text(yaml.safe_dump(timms | more | {'amp': True}))  # as timm's train.py writes them
     parser = ConfigParser()
     validate.add_arguments(parser)
     args = parser.parse_args(['-c', str(path)])
     assert (args.split, args.pretrained) == ('test', False)  # its weights are those of --checkpoint
-    assert (args.data, args.data_dir, args.use_ema) == (None, 'there', True)
+    assert (args.data, args.data_dir, args.use_ema, args.amp) == (None, 'there', True, True)
     assert args.device != 'cuda:3'  # this machine's, not that of the training
+    args = parser.parse_args(['-c', str(path), '--no-use-ema', '--no-amp'])
+    assert (args.use_ema, args.amp) == (False, False)
     path.write_text(yaml.safe_dump(run | {'model_ema_force_cpu': True}))  # with which no averaged weights are validated
     assert not parser.parse_args(['-c', str(path)]).use_ema
     path.write_text('epochs: 4\n')  # no run: a setting that validate lacks may be a slip

@@ -244,7 +244,7 @@ def test_class_map_is_not_that_of_the_other_data_set(folder):
     [
         (['--num-classes', '1', '--checkpoint', '{folder}/one.pth.tar'], 'has 2 classes, the model 1'),
         (['--checkpoint', 'gone.pth.tar'], "cannot load model 'lenet' 'gone.pth.tar'"),
-        (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere'"),
+        (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere', split 'validation': no such folder"),
         (['--model-kwargs', 'depth=3'], "cannot load model 'lenet'"),
         (['--model', 'lennet'], "cannot load model 'lennet'"),
         (['--device', 'abacus'], "device 'abacus' cannot be used, try 'cpu'"),

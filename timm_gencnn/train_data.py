@@ -98,7 +98,8 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         where = f'data set {name!r}' if name else 'image folder'
         where += f' in {root!r}' if root else ''
-        raise ValueError(f'cannot open {where}, split {split!r}: {error}') from error
+        reason = str(error) or 'no such folder'
+        raise ValueError(f'cannot open {where}, split {split!r}: {reason}') from error
     if local and Path(str(root)).is_dir():
         _check_split(dataset, str(root), split)
     return dataset

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `gencnn validate`; those of timm's validate.py go by the same names."""
     add = parser.add_argument
     switch: dict[str, Any] = {'action': 'store_true'}
+    toggle: dict[str, Any] = {'action': argparse.BooleanOptionalAction, 'default': False}  # a run may have set it
     add(
         'data',
         nargs='?',
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', '-m', default='gencnn_lenet', metavar='NAME')
     add('--pretrained', **switch, help='the published weights; also without --checkpoint')
     add('--checkpoint', default='', metavar='PATH', help='a checkpoint of gencnn train, or of timm')
-    add('--use-ema', **switch, help='the moving average of the weights in the checkpoint')
+    add('--use-ema', **toggle, help='the moving average of the weights in the checkpoint')
     add('--num-classes', type=int, metavar='N')
     add('--in-chans', type=int, metavar='N')
     add('--input-size', type=int, nargs=3, metavar='N', help='channels, height, width')
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-j', '--workers', type=int, default=4, metavar='N')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     add('--channels-last', **switch)
-    add('--amp', **switch)
+    add('--amp', **toggle, help='mixed precision')
     add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
     add(
         '--noise',
@@ -90,6 +91,9 @@ def main(args: argparse.Namespace) -> None:
         args.checkpoint = args.checkpoint or str(best_checkpoint(Path(args.data)))
         args.data = None
     args.data_dir = args.data or args.data_dir
+    for flag, path in (('--checkpoint', args.checkpoint), ('--data-dir', args.data_dir)):
+        if path and is_run(path):
+            raise ValueError(f'{flag} {path!r} is a training run: give its folder alone, gencnn validate {path}')
     model = _create_model(args).eval()
     move(model, args.device)
     device = torch.device(args.device)
@@ -123,8 +127,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _create_model(args: argparse.Namespace) -> Any:
-    if args.checkpoint and is_run(args.checkpoint):
-        raise ValueError(f'{args.checkpoint!r} is a training run: give it without --checkpoint')
     try:
         overlay = args.pretrained_cfg_overlay or None
         arguments = model_arguments(vars(args))
