@@ -67,7 +67,7 @@ def add_generative_arguments(parser: Any) -> None:
         type=float,
         default=0.0,
         metavar='W',
-        help='weight of their own likelihood, each as of its most probable class; 0: they enter the softmax only',
+        help='weight of the likelihood of unlabeled images, each as of its most probable class; 0: softmax only',
     )
     add(
         '--pool-reference',
