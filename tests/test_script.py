@@ -205,14 +205,14 @@ def test_phase_dg_is_the_plain_script(script, images, tmp_path, monkeypatch):
 )
 def test_what_is_validated_is_what_is_saved(script, images, tmp_path, more):
     """The intercepts of the epoch's end, though the script fetched the model for validation before it began."""
-    assert run(script, images, tmp_path / 'gg', '--phase', 'GG', *more) == 0
+    assert run(script, images, tmp_path / 'gg', '--phase', 'GG', '--epochs', '3', *more) == 0
     checkpoint = load(tmp_path / 'gg')
     ema = '_ema' if '--model-ema' in more else ''
     weights = checkpoint['state_dict' + ema]
     validated = float(rows(tmp_path / 'gg')[-1]['eval_loss'])
     assert validated == pytest.approx(validation_loss(images, weights), abs=1e-5)
     (name, bias), *_ = checkpoint['task_state' + ema]['bias'].items()  # control: the bias without the intercepts
-    assert abs(validated - validation_loss(images, {**weights, name: bias})) > 1e-4  # ten tolerances
+    assert abs(validated - validation_loss(images, {**weights, name: bias})) > 1e-2  # a thousand tolerances
 
 
 FEW = ['--unlabeled-data-dir', '{images}', '--unlabeled-split', 'validation', '--unlabeled-batch-size', '999']
