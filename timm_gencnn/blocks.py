@@ -191,10 +191,5 @@ def _needs_contiguous(e: BaseException) -> bool:
 
 
 def _out_of_memory(e: BaseException) -> bool:
-    told = (
-        'not enough memory',
-        "can't allocate memory",
-        'CUDA error: out of memory',
-        '_ALLOC_FAILED',
-    )  # by CUDA's libraries
+    told = 'not enough memory', "can't allocate memory", 'CUDA error: out of memory', '_ALLOC_FAILED'  # cuBLAS, cuDNN
     return isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in told)
