@@ -325,6 +325,7 @@ def test_two_ranks(script, images, tmp_path):
         ('# ' + SCRIPT.replace('\n', '\n# '), ['--phase', 'GG'], 'has created no ClassificationTask'),
         (SCRIPT, [], 'give --gen-epochs or --switch-ess'),
         (SCRIPT, ['--phase', 'GG', '--unlabeled-weight', '1'], 'weighs no image: name an --unlabeled-dataset'),
+        (SCRIPT, ['--phase', 'GG', '--unlabeled-weight', 'nan'], '--unlabeled-weight nan is outside [0, inf)'),
         (None, [], 'is not a file'),
     ],
 )

@@ -326,7 +326,6 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, 
         (['--resume', 'gone.pth.tar'], "no checkpoint 'gone.pth.tar'"),
         (['--amp'], 'add --amp-dtype bfloat16'),
         (['--sched', 'inv', '--decay-epochs', '0'], 'decay-epochs 0'),
-        (['--hybrid', '1.5'], 'hybrid 1.5 is outside [0, 1)'),
         (['--aug-repeats', '3'], 'start several (torchrun)'),
         (['--sched', 'plateau', '--sched-on-updates'], 'leave out --sched-on-updates'),
         (['--sched', 'plateau', '--val-split', ''], 'name a --val-split'),
@@ -596,6 +595,32 @@ def test_unlabeled_images_enter_the_generative_phase(images, tmp_path):
 def test_the_weight_of_no_unlabeled_images_is_refused(images, tmp_path, capsys):
     error = failure(capsys, flags(images, tmp_path, '--unlabeled-weight', '1'))
     assert '--unlabeled-weight 1.0 weighs no image: name an --unlabeled-dataset' in error
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--hybrid', '1.5'], '--hybrid 1.5 is outside [0, 1)'),
+        (['--gen-epochs', 'inf'], '--gen-epochs inf is outside [0, inf)'),
+        (['--pool-queue', '-1'], '--pool-queue -1 is outside [0, inf)'),
+        (['--unlabeled-weight', '-1'], '--unlabeled-weight -1.0 is outside [0, inf)'),
+        (['--unlabeled-weight', 'nan'], '--unlabeled-weight nan is outside [0, inf)'),
+        (['--unlabeled-batch-size', '0'], '--unlabeled-batch-size 0 is outside [1, inf)'),
+        (['--switch-ess', '0.5'], '--switch-ess 0.5 is never reached: the ESS is a number of images'),
+        (['--switch-ess', 'nan'], '--switch-ess nan is never reached'),
+    ],
+)
+def test_bad_generative_flags_are_refused_before_anything_is_loaded(tmp_path, capsys, more, message):
+    nowhere = tmp_path / 'nowhere'
+    assert message in failure(capsys, flags(nowhere, tmp_path, '--unlabeled-data-dir', str(nowhere), *more))
+
+
+def test_the_discriminative_phase_says_that_it_loads_no_unlabeled_images(images, tmp_path, caplog):
+    more = ['--epochs', '1', '--unlabeled-data-dir', '/nowhere', '--unlabeled-weight', '1', '--phase']
+    assert cli.main(flags(images, tmp_path, *more, 'DG')) == 0
+    said = [record.message for record in caplog.records if 'unlabeled' in record.message]
+    assert said == ['--phase DG learns from labeled images alone: the unlabeled ones are not loaded']
+    assert cli.main(flags(images, tmp_path, *more, 'GG')) == 2  # control: they would be missed
 
 
 def test_unlabeled_images_are_not_loaded_after_the_switch(images, tmp_path, monkeypatch):

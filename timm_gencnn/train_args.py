@@ -5,6 +5,8 @@ torchscript and Apex. `--script` runs timm's own script where those are wanted.
 """
 
 import argparse
+import logging
+import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -18,6 +20,8 @@ from timm.utils import ParseKwargs
 from .task import PHASES
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
+_logger = logging.getLogger(__name__)
 
 
 class NameValues(ParseKwargs):
@@ -286,20 +290,44 @@ _LEAST = {
 }
 
 
+# The half-open intervals in which generative flags lie.
+_GENERATIVE_RANGES = {
+    **dict.fromkeys(('gen_epochs', 'pool_queue', 'unlabeled_weight'), (0, math.inf)),
+    'hybrid': (0, 1),
+    'unlabeled_batch_size': (1, math.inf),
+}
+
+
 def check_generative_arguments(args: argparse.Namespace) -> None:
-    """Refuse what `add_generative_arguments` reads but does not make sense together.
+    """Refuse what `add_generative_arguments` reads but is out of range or does not make sense together.
+
+    Phase DG may come with flags of the other phases, as the control of a configuration; that it does without images
+    which were named is a warning.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It is or does not.
     """
+    for name, (low, high) in _GENERATIVE_RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < high:  # nor NaN
+            raise ValueError(f'--{name.replace("_", "-")} {value} is outside [{low}, {high})')
+    if not (args.switch_ess in (None, 'plateau') or args.switch_ess >= 1):
+        raise ValueError(f'--switch-ess {args.switch_ess} is never reached: the ESS is a number of images, at least 1')
     if args.phase == 'GG+DG' and args.gen_epochs is None and args.switch_ess is None:
         raise ValueError('phase GG+DG needs to know when to switch: give --gen-epochs or --switch-ess')
-    if args.unlabeled_weight and not has_unlabeled(args):
+    named = _names_unlabeled(args)
+    if args.unlabeled_weight and not named:
         raise ValueError(f'--unlabeled-weight {args.unlabeled_weight} weighs no image: name an --unlabeled-dataset')
+    if named and not has_unlabeled(args):
+        _logger.warning(f'--phase {args.phase} learns from labeled images alone: the unlabeled ones are not loaded')
 
 
 def has_unlabeled(args: argparse.Namespace) -> bool:
-    """Whether the flags ask for unlabeled images."""
+    """Whether the flags ask for unlabeled images that some phase uses."""
+    return args.phase != 'DG' and _names_unlabeled(args)
+
+
+def _names_unlabeled(args: argparse.Namespace) -> bool:
     return args.unlabeled_dataset is not None or args.unlabeled_data_dir is not None
 
 
