@@ -869,6 +869,44 @@ def test_validate_takes_what_the_settings_of_a_run_say_of_validation(straight, t
     assert "unknown setting 'epochs'" in capsys.readouterr().err
 
 
+def test_validate_takes_nothing_of_the_data_set_of_a_run_to_another_one(straight, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(straight, run)
+    own = {
+        'dataset': 'hfds/one',
+        'data_dir': 'there',
+        'class_map': 'gone.txt',
+        'input_key': 'img',
+        'target_key': 'fine',
+    }
+    settings = yaml.safe_load((straight / 'args.yaml').read_text()) | own | {'val_split': 'test'}
+    (run / 'args.yaml').write_text(yaml.safe_dump(settings))
+
+    def parsed(*more):
+        parser = ConfigParser()
+        validate.add_arguments(parser)
+        args = parser.parse_args([*more])
+        assert (args.model, args.num_classes) == ('lenet', 3)
+        return args.dataset, args.data_dir, args.class_map, args.input_key, args.target_key, args.split
+
+    kept = ('hfds/one', 'there', 'gone.txt', 'img', 'fine', 'test')
+    for of_run in ([str(run)], ['-c', str(run / 'args.yaml')]):
+        assert parsed(*of_run) == parsed(*of_run, '--dataset', 'hfds/one') == kept
+        assert parsed(*of_run, '--data-dir', 'here') == (kept[0], 'here', *kept[2:])
+        assert parsed(*of_run, '--dataset', 'hfds/two') == ('hfds/two', None, '', None, None, 'validation')
+        given = ['--dataset', '', '--data-dir', 'there', '--split', 'test', '--target-key', 'label']
+        assert parsed(*of_run, *given) == ('', 'there', '', None, 'label', 'test')
+
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 28, 28), dtype=np.uint8)
+    columns = {'image': [Image.fromarray(p) for p in pixels], 'label': [0, 1, 2] * 2}
+    (tmp_path / 'other').mkdir()
+    other = datasets.Dataset.from_dict(columns).cast_column('image', datasets.Image())
+    other.to_parquet(tmp_path / 'other/validation-0-of-1.parquet')
+    argv = ['validate', str(run), '--dataset', f'hfds/{tmp_path}/other', '--results-file', str(tmp_path / 'r.json')]
+    assert cli.main(argv) == 0
+    assert json.loads((tmp_path / 'r.json').read_text())['images'] == 6
+
+
 def test_a_configuration_adds_to_its_base(tmp_path, capsys):
     """A recipe or a file, which may have one itself; the command line wins over all."""
     paths = [tmp_path / f'{name}.yaml' for name in 'abc']

@@ -23,6 +23,9 @@ _NO_FLAGS = {'command', 'version', 'distributed', 'world_size', 'rank', 'local_r
 # By these one knows the args.yaml of a run, of timm's train.py too: it holds every flag, which nobody writes by hand.
 _RECORDED = {'resume', 'start_epoch'}
 
+# What a run says of its own data set, which does not fit another one.
+_OF_DATA_SET = {'data_dir', 'split', 'class_map', 'input_key', 'target_key'}
+
 
 class ConfigParser(argparse.ArgumentParser):
     """A parser whose `--config` names a YAML file, or a shipped recipe, of defaults: flags of the command line win."""
@@ -31,15 +34,16 @@ class ConfigParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """Parse twice: first for --config, then with its values as the defaults."""
-        given, _ = super().parse_known_args(args)
+        given, _ = super().parse_known_args(args, argparse.Namespace(dataset=None))  # which an empty one is not
         run = getattr(given, 'data', None) if 'split' in given else None  # `gencnn validate RUN`
         files = [str(Path(run) / 'args.yaml')] if run and is_run(run) else []
         for name in [*files, given.config] if getattr(given, 'config', '') else files:
-            config = self._read(name, list(vars(given)))
+            config = self._read(name, given)
             self.set_defaults(**{key: value for key, value in config.items() if value is not None})
         return super().parse_known_args(args, namespace)
 
-    def _read(self, name: str, known: list[str], above: Sequence[str] = ()) -> dict[str, Any]:
+    def _read(self, name: str, given: argparse.Namespace, above: Sequence[str] = ()) -> dict[str, Any]:
+        known = list(vars(given))
         if name in above:
             self.error(f'configuration {name!r} is its own base')
         path = Path(name)
@@ -58,7 +62,7 @@ class ConfigParser(argparse.ArgumentParser):
         if folder is not None:  # so that a folder on the command line wins, whichever way it is given
             config['data_dir'] = config.get('data_dir') or folder
         if config.keys() >= _RECORDED and 'split' in known:  # the args.yaml of a run, for `gencnn validate`
-            config = _of_validation(config, known)
+            config = _of_validation(config, given)
         config = {key: value for key, value in config.items() if key not in _NO_FLAGS}  # None takes back the base's
         for key, value in config.items():
             if key not in known and value is not None:
@@ -73,7 +77,7 @@ class ConfigParser(argparse.ArgumentParser):
         if base is None:
             return config
         beside = path.parent / str(base)
-        return self._read(str(beside if beside.is_file() else base), known, [*above, name]) | config
+        return self._read(str(beside if beside.is_file() else base), given, [*above, name]) | config
 
     def _convert(self, action: argparse.Action, value: Any) -> Any:
         """What a flag makes of its value in the file, converted and checked as on the command line."""
@@ -93,11 +97,15 @@ class ConfigParser(argparse.ArgumentParser):
         return [self._get_value(action, str(item)) for item in items]
 
 
-def _of_validation(run: dict[str, Any], known: list[str]) -> dict[str, Any]:
+def _of_validation(run: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """What the args.yaml of a training run says of validation.
 
-    Not `pretrained`, where the training began, nor its device.
+    Not `pretrained`, where the training began, nor its device; nor, where another data set is given, what belongs to
+    its own. A folder given in place of its own is taken for the same data set, or for one laid out like it.
     """
-    settings = {key: value for key, value in run.items() if key in known and key not in ('pretrained', 'device')}
+    settings = {key: value for key, value in run.items() if key in given and key not in ('pretrained', 'device')}
     settings['use_ema'] = validates_average(run)
-    return settings | ({'split': run['val_split']} if run.get('val_split') else {})
+    if run.get('val_split'):
+        settings['split'] = run['val_split']
+    own = given.dataset in (None, run.get('dataset') or '')
+    return settings if own else {key: value for key, value in settings.items() if key not in _OF_DATA_SET}

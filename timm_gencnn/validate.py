@@ -39,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add('-c', '--config', default='', metavar='FILE', help="YAML file, or a run's args.yaml")
     add('--data-dir', metavar='DIR', help='root folder of the data set')
-    add('--dataset', default='', metavar='NAME', help="'hfds/NAME', 'torch/NAME', ...; a folder if empty")
+    add(
+        '--dataset',
+        default='',
+        metavar='NAME',
+        help="'hfds/NAME', 'torch/NAME', ...; a folder if empty; another one than that of a run takes neither the "
+        "run's folder nor its split, class map and columns",
+    )
     add('--split', default='validation', metavar='NAME')
     add('--model', '-m', default='gencnn_lenet', metavar='NAME')
     add('--pretrained', **switch, help='the published weights; also without --checkpoint')
