@@ -349,7 +349,8 @@ PHASES = [['--phase', 'GG', *POOL], ['--phase', 'GG', *MIX], ['--phase', 'DG'], 
 
 @pytest.mark.parametrize('more', PHASES, ids=lambda more: ' '.join(more[1:3]))
 def test_no_step_waits_for_the_device(images, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(loss, '_check', lambda *args, **kwargs: None)  # on the CPU alone it looks at the values
+    for check in ('_check_logits', '_check_target'):  # on the CPU alone they look at the values
+        monkeypatch.setattr(loss, check, lambda *args, **kwargs: None)
     steps(images, tmp_path, NoWait, 'cpu', more)
     with pytest.raises(AssertionError, match='waits for the device'):
         steps(images, tmp_path, NoWait, 'cpu', more, spy=lambda loss: loss.item())

@@ -282,6 +282,21 @@ def test_unlabeled_images_are_learned_as_of_their_most_probable_classes():
     assert task.queue.shape == (24, C)
 
 
+def test_hybrid_scales_the_loss_of_unlabeled_images_with_the_rest_of_the_generative_one():
+    (x, target), (extra, _) = batch(), batch(1, 8)
+    loss = make(hybrid=0.25, unlabeled_weight=0.5)(x, target, unlabeled=extra)['loss']
+    generative = make(unlabeled_weight=0.5)(x, target, unlabeled=extra)['loss']
+    torch.testing.assert_close(loss, 0.75 * generative + 0.25 * make(phase='DG')(x, target)['loss'])
+
+
+def test_scores_of_further_images_must_be_finite():
+    x, target = batch()
+    extra = x[:8].index_fill(0, torch.tensor(3), math.nan)
+    for task, more in ((make(), {'unlabeled': extra}), (make(bridge=lambda x: torch.cat([x, extra])), {})):
+        with pytest.raises(ValueError, match='logits contain NaN or infinity'):
+            task(x, target, **more)
+
+
 def test_no_unlabeled_images_weigh_nothing():
     x, target = batch()
     losses = [make(unlabeled_weight=0.5)(x, target, unlabeled=none)['loss'] for none in (None, x[:0])]

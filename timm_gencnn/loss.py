@@ -133,7 +133,11 @@ class GenerativeLoss(nn.Module):
             ValueError: Shapes that do not fit, a batch of one image, a class index outside [0, C), scores that are
                 not finite. (The last two are checked on the CPU only: on an accelerator the check would stall it.)
         """
-        _check(logits, target, pool, least=1 if self.distributed and dist.get_world_size() > 1 else 2)
+        return self.nll(self.log_ratio(logits, pool, log_z), target)
+
+    def log_ratio(self, logits: Tensor, pool: Tensor | None = None, log_z: Tensor | None = None) -> Tensor:
+        """Estimate log p_y(x_i)/q(x_i) of every image and class [n, C]. Arguments and errors are those of a call."""
+        _check_logits(logits, pool, least=1 if self.distributed and dist.get_world_size() > 1 else 2)
         logits = _at_least_float32(logits)
         images = logits if pool is None else torch.cat([logits, pool.to(logits.dtype)])
         if log_z is None and not self.distributed:
@@ -145,11 +149,13 @@ class GenerativeLoss(nn.Module):
             else:
                 weights = _mean_over_images((images - log_z.detach()).exp(), self.distributed)
                 log_z = log_z.detach() + weights - weights.detach()
-            log_ratio = images - log_z  # of p_y to q
+            log_ratio = images - log_z
             self.log_z = log_z.detach()
-        if pool is not None:
-            log_ratio = log_ratio[: len(logits)]
+        return log_ratio if pool is None else log_ratio[: len(logits)]
 
+    def nll(self, log_ratio: Tensor, target: Tensor) -> Tensor:
+        """Reduce what `log_ratio` estimated [n, C], or the rows of some images, to the loss of their classes."""
+        _check_target(target, log_ratio.shape)
         over_ranks = self.distributed and self.reduction == 'mean'
         reduction = 'sum' if over_ranks else self.reduction
         if target.is_floating_point():
@@ -185,23 +191,24 @@ def check_targets(target: Tensor, classes: int) -> None:
         raise ValueError(f'target {bad} is outside [0, {classes}): the model has {classes} classes')
 
 
-def _check(logits: Tensor, target: Tensor, pool: Tensor | None, least: int) -> None:
+def _check_logits(logits: Tensor, pool: Tensor | None, least: int) -> None:
     if logits.ndim != 2:
         raise ValueError(f'logits must be [n, C], not {list(logits.shape)}')
     n, classes = logits.shape
-    soft = target.is_floating_point()
-    expected = [n, classes] if soft else [n]
-    if list(target.shape) != expected:
-        kind = 'soft (floating-point)' if soft else 'integer'
-        raise ValueError(f'{kind} target for logits {[n, classes]} must be {expected}, not {list(target.shape)}')
     if pool is not None and (pool.ndim != 2 or pool.shape[1] != classes):
         raise ValueError(f'pool must be [m, {classes}] to match the logits, not {list(pool.shape)}')
     if n + (0 if pool is None else len(pool)) < least:
         raise ValueError(
             'a batch of 1 image has no image pool: the generative loss needs at least 2 images (raise the batch size)'
         )
-    if logits.device.type != 'cpu':
-        return
-    check_targets(target, classes)
-    if not math.isfinite(logits.detach().sum(dtype=torch.float64)):
+    if logits.device.type == 'cpu' and not math.isfinite(logits.detach().sum(dtype=torch.float64)):
         raise ValueError('logits contain NaN or infinity: lower the learning rate or clip the gradients')
+
+
+def _check_target(target: Tensor, shape: torch.Size) -> None:
+    soft = target.is_floating_point()
+    expected = list(shape) if soft else [shape[0]]
+    if list(target.shape) != expected:
+        kind = 'soft (floating-point)' if soft else 'integer'
+        raise ValueError(f'{kind} target for logits {list(shape)} must be {expected}, not {list(target.shape)}')
+    check_targets(target, shape[1])

@@ -48,8 +48,9 @@ class GenerativeTask(ClassificationTask):
         gen_steps: GG+DG switches after this many training steps (calls of forward).
         switch_ess: GG+DG switches when the smoothed effective sample size, in images of all ranks, has fallen to this;
             or 'plateau': when it has not fallen by 1 % for 1000 steps. The mean over the classes counts.
-        hybrid: Weight h in [0, 1) of the discriminative loss in the generative phase: (1 - h) GG + h DG. With h > 0 the
-            discriminative part learns the biases, so no intercepts are added.
+        hybrid: Weight h in [0, 1) of the discriminative loss in the generative phase: (1 - h) GG + h DG, where GG is
+            the whole generative loss, that of unlabeled images included. With h > 0 the discriminative part learns the
+            biases, so no intercepts are added.
         queue: Number of past images per rank whose (detached) logits enlarge the image pool. Biased: their share of
             E_p[grad f] is missing, so that the scores of all images drift upwards, and their logits are as stale as the
             queue is long. Needs a small learning rate. A checkpoint holds the first rank's; the others start anew.
@@ -176,31 +177,23 @@ class GenerativeTask(ClassificationTask):
         images = self.bridge(input) if self.bridge else input
         logits = self.trainable_module(images if unlabeled is None else torch.cat([images, unlabeled]))
         n = len(target)
-        output, pool = (logits, None) if len(logits) == n else (logits[:n], logits[n:])
-        if self.queue is not None:
-            pool = self.queue if pool is None else torch.cat([pool, self.queue])
         if self.running_log_z:
             scores = logits if self.queue is None else torch.cat([logits, self.queue])
             self._update_log_z(log_mean_exp(scores.detach(), self.generative_loss.distributed))
         log_z = self.log_z if self.running_log_z else None
-        loss = self.generative_loss(output, target, pool, log_z)
+        log_ratio = self.generative_loss.log_ratio(logits, self.queue, log_z)
+        labeled = log_ratio if len(logits) == n else log_ratio[:n]  # a slice of all would copy the gradient
+        loss = self.generative_loss.nll(labeled, target)
         if self.unlabeled_weight and unlabeled is not None and len(unlabeled):
-            loss = loss + self.unlabeled_weight * self._loss_of_unlabeled(logits, len(unlabeled), log_z)
+            free = log_ratio[-len(unlabeled) :]
+            classes = (free.detach() + self._log_priors()).argmax(1)
+            loss = loss + self.unlabeled_weight * self.generative_loss.nll(free, classes)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)
         self._track(logits.detach(), target.detach())
         if self.hybrid:
-            loss = torch.lerp(loss, self.criterion(output, target).to(loss.dtype), self.hybrid)
-        return {'loss': loss, 'output': output}
-
-    def _loss_of_unlabeled(self, logits: Tensor, m: int, log_z: Tensor | None) -> Tensor:
-        """The generative loss of the last m images, of their most probable classes, with the others as their pool."""
-        pool, free = logits[:-m], logits[-m:]
-        assert self.generative_loss.log_z is not None
-        classes = (free.detach() + self._log_priors() - self.generative_loss.log_z).argmax(1)
-        if self.queue is not None:
-            pool = torch.cat([pool, self.queue])
-        return self.generative_loss(free, classes, pool, log_z)
+            loss = torch.lerp(loss, self.criterion(logits[:n], target).to(loss.dtype), self.hybrid)
+        return {'loss': loss, 'output': logits[:n]}
 
     # Running estimates
 

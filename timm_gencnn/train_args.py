@@ -59,7 +59,8 @@ def add_generative_arguments(parser: Any) -> None:
         metavar='LR',
         help='learning rate from the switch on; the schedule starts anew, and with --script goes on, scaled',
     )
-    add('--hybrid', type=float, default=0.0, metavar='H', help='weight of the discriminative loss before the switch')
+    text = 'before the switch: H times the discriminative loss, 1 - H times the generative one, of unlabeled images too'
+    add('--hybrid', type=float, default=0.0, metavar='H', help=text)
     add('--pool-queue', type=int, default=0, metavar='N', help='past images whose logits enlarge the image pool')
     add('--pool-running-log-z', action='store_true', help='weigh images by a running log Z instead of the batch')
     add('--unlabeled-dataset', metavar='NAME', help='further images for the softmax over images; labels are not read')
