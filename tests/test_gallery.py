@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -29,12 +29,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from timm_gencnn import gallery as room
 from timm_gencnn import page as page_room
+from timm_gencnn import views as views_room
+from timm_gencnn.chains import Schedule
 from timm_gencnn.cli import main as cli
 from timm_gencnn.gallery import _Folder, gallery
 from timm_gencnn.networks import load_model
 from timm_gencnn.page import Entry, read_entry, render
 from timm_gencnn.reference import White
-from timm_gencnn.samples import read_metadata
+from timm_gencnn.samples import Samples, read_metadata
+from timm_gencnn.views import PHOTOGRAPHS, PLAIN, SMALL_PHOTOGRAPHS
 from timm_gencnn.visualize import visualize
 
 CHROMIUM = Path('/usr/bin/chromium')
@@ -356,22 +359,54 @@ def test_page_keeps_nodes_of_earlier_runs_with_the_same_settings(tmp_path: Path)
     assert before.items() <= contents(tmp_path).items()
 
 
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the settings that a picture tells."""
+    samples = Samples.load(path)
+    change(samples.settings)
+    samples.save(path)
+
+
+OLDER: list[Callable[[dict[str, Any]], Any]] = [
+    lambda settings: [settings.pop('views'), settings.pop('schedule')],  # from before the views
+    lambda settings: settings['views'][0].update(move=0.04),
+    lambda settings: settings['schedule'].update(average=0.5),
+]
+
+
 @pytest.mark.parametrize(('temperature', 'steps', 'kept'), [(None, 8, False), (1.0, 70, True)])
+@pytest.mark.parametrize('older', OLDER)
 def test_pictures_of_an_older_sampler_are_refused(
-    temperature: float | None, steps: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    temperature: float | None, steps: int, kept: bool, older: Callable[[dict[str, Any]], Any], tmp_path: Path
 ) -> None:
-    """Those from before the views; those of the exact regime are as they were, and are kept."""
-    request = room._request
-    older = lambda *args: {k: v for k, v in request(*args).items() if k not in ('views', 'schedule')}  # noqa: E731
+    """Those of the exact regime are as they were, and are kept."""
     settings = KWARGS | {'temperature': temperature, 'steps': steps}
-    with monkeypatch.context() as patch:
-        patch.setattr(room, '_request', older)
-        gallery(Net(), 'conv:0', tmp_path, **settings)
+    gallery(Net(), 'conv:0', tmp_path, **settings)
+    if not kept or older is OLDER[0]:
+        rewrite(tmp_path / 'images' / room.file_name('conv:0'), older)
     before = contents(tmp_path)
-    refused = pytest.raises(ValueError, match=r'views None, now .*, schedule None, now .*--overwrite')
+    refused = pytest.raises(ValueError, match=r'\(conv:0: drawn by another schedule\): .*--overwrite')
     with nullcontext() if kept else refused:
         gallery(Net(), 'conv:0', tmp_path, **settings)
     assert contents(tmp_path) == before
+
+
+def test_a_gallery_begun_when_requests_held_all_laws_of_views_goes_on(tmp_path: Path) -> None:
+    gallery(Net(), ['conv:0', 0], tmp_path, **KWARGS)
+    laws = [views._asdict() for views in (PHOTOGRAPHS, SMALL_PHOTOGRAPHS._replace(move=0.04), PLAIN)]
+    more = {'views': laws, 'schedule': Schedule()._asdict()}
+    for path in (tmp_path / 'images').iterdir():
+        rewrite(path, lambda settings: settings['request'].update(more))
+    before = contents(tmp_path)
+    gallery(Net(), ['conv:0-1', 0], tmp_path, **KWARGS)
+    assert before.items() <= contents(tmp_path).items()
+
+
+def test_another_law_of_views_refuses_the_nodes_that_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery(Net(), ['conv:0', 0], tmp_path, **KWARGS)
+    monkeypatch.setattr(views_room, 'SMALL_PHOTOGRAPHS', SMALL_PHOTOGRAPHS._replace(move=0.04))
+    gallery(Net(), 'conv:0-1', tmp_path, **KWARGS)
+    with pytest.raises(ValueError, match=r'1 of these nodes with other settings \(0: drawn by another schedule\)'):
+        gallery(Net(), ['conv:0', 0], tmp_path, **KWARGS)
 
 
 @pytest.mark.parametrize(

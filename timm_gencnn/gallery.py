@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .chains import Schedule
 from .networks import MODEL, default_device, load, load_model, weight_arguments, weights_digest
 from .node_lists import expand
 from .nodes import resolve
@@ -36,7 +35,7 @@ from .probes import Refused, Size
 from .samples import read_metadata, write_atomically
 from .sampling import Sampling, plain
 from .scores import ScoreFunction
-from .views import KNOWN
+from .views import is_current
 from .visualize import add_sampling_arguments, sampling_arguments, visualize
 
 IMAGES = 4  # per node
@@ -141,15 +140,13 @@ def _expand(net: nn.Module, nodes: str | int | Iterable[str | int], size: Size |
 
 
 def _request(net: nn.Module, asked: Sampling) -> dict[str, Any]:
-    """What a finished node must share with the run: all that determines its pixels, but not where they are made."""
+    """What all nodes of a run share of what determines their pixels. Views and moves are told by each for itself."""
     request = vars(asked) | {'dtype': asked.dtype_name, 'weights': weights_digest(net)}
     del request['frames']
     if isinstance(asked.size, int):
         request['size'] = [asked.size] * 2
     if not isinstance(asked.reference, str):
         request['reference'] = asked.reference.settings()
-    if not asked.settled().exact:
-        request |= {'views': [views._asdict() for views in KNOWN], 'schedule': Schedule()._asdict()}
     return json.loads(json.dumps(request))
 
 
@@ -186,15 +183,17 @@ class _Folder:
         """Reads the finished nodes that are not known yet.
 
         Returns:
-            Those of the nodes wanted that were drawn by another request, and that request.
+            Those of the nodes wanted that were drawn by another request, and that request, or by another version.
         """
         others = []
         for path in sorted(self.images.glob('*.png')):
             if path.name in self.entries:
                 continue
             with suppress(ValueError):  # damaged, and drawn again if it is wanted, or not ours
-                request = read_metadata(path).get('settings', {}).get('request', {})
-                if request == self.request:
+                settings = read_metadata(path).get('settings', {})
+                request = settings.get('request', {})
+                request = {k: v for k, v in request.items() if k not in ('views', 'schedule')}  # of all nodes, once
+                if request == self.request and is_current(settings):
                     self.entries[path.name] = read_entry(path)
                 elif path.name in self.wanted:
                     others.append((self.wanted[path.name], request))
@@ -206,6 +205,7 @@ class _Folder:
         if others and not overwrite:
             node, old = others[0]
             changed = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in self.request.items() if old.get(k) != v)
+            changed = changed or 'drawn by another schedule'
             raise ValueError(
                 f'{str(self.out)!r} holds {len(others)} of these nodes with other settings ({node}: {changed}): '
                 'choose another folder, or overwrite them (--overwrite)'

@@ -434,10 +434,8 @@ def main(args: argparse.Namespace) -> None:
         measured |= json.loads(Path(args.results).read_text(encoding='utf-8'))
     results = (measured.get('results') or {}) | ({'dataset': args.dataset} if args.dataset else {})
     nodes = [name for node in args.nodes for name in expand(model, node)]
-    gallery = []
-    if nodes:
-        where = default_device(None)
-        gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed, device=where)]
+    where = default_device(None)
+    gallery = [visualize(model, nodes, n=args.n, steps=args.steps, seed=args.seed, device=where)] if nodes else []
     pushed = push_to_hub(
         model,
         args.repo_id,

@@ -9,7 +9,7 @@ view per chain and gradient, and the score that is reported at the end is that o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,6 @@ class Views(NamedTuple):
 SMALL_PHOTOGRAPHS = Views(crop=0.5, flip=True, strength=0.5, move=0.012)
 PHOTOGRAPHS = SMALL_PHOTOGRAPHS._replace(crop=0.7, shrink=0.5)
 PLAIN = Views()
-KNOWN = PHOTOGRAPHS, SMALL_PHOTOGRAPHS, PLAIN
 LARGE = 160  # shorter side, in pixels, from which on views are shrunk
 
 
@@ -70,6 +69,19 @@ def views_of(kind: str, channels: int, size: Sequence[int]) -> Views:
     if kind != 'class' or channels != 3:
         return PLAIN
     return PHOTOGRAPHS if min(size) >= LARGE else SMALL_PHOTOGRAPHS
+
+
+def is_current(settings: Mapping[str, Any]) -> bool:
+    """Whether a gallery picture was drawn by views and moves that this version has; any of the model itself was.
+
+    Args:
+        settings: Those of `Samples`, which an older version may have written.
+    """
+    if settings.get('regime') != 'gallery':
+        return True
+    known = [views._asdict() for views in (views_of('class', 3, settings['size']), PLAIN)]
+    views = [Views()._asdict() | law for law in settings.get('views') or ()]  # the first were not shrunk, nor said so
+    return bool(views) and all(v in known for v in views) and settings.get('schedule') == chains.Schedule()._asdict()
 
 
 class Viewer:

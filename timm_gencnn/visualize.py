@@ -35,7 +35,7 @@ from .presets import PRESETS
 from .reference import Reference
 from .samples import Samples, channels_shown, check_writable, read_metadata
 from .sampling import Sampling
-from .views import PLAIN, Views, views_of
+from .views import Views, is_current, views_of
 
 
 @torch.inference_mode(False)
@@ -223,9 +223,7 @@ def repeat_settings(path: str) -> dict[str, Any]:
         raise ValueError(f'{path!r} is from before gallery pictures had random views: draw it anew, without --like')
     if old['views']:
         old['views'] = [Views()._asdict() | views for views in old['views']]  # the first ones were not shrunk
-    known = [views._asdict() for views in (views_of('class', 3, old['size']), PLAIN)]
-    moved = old['schedule'] != chains.Schedule()._asdict() or any(views not in known for views in old['views'] or ())
-    if old.get('regime') == 'gallery' and moved:
+    if not is_current(old):
         raise ValueError(f'{path!r} was drawn by another schedule: draw it anew, without --like')
     if old['reference'] not in ('natural', 'white'):
         raise ValueError(f'{path!r} was drawn with a reference of its own, {old["reference"]!r}: repeat it from Python')
