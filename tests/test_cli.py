@@ -109,6 +109,27 @@ def test_like_takes_the_same_network_by_another_name(tmp_path, capsys):
     assert "other weights than 'gencnn_lenet.dg_mnist' has" in capsys.readouterr().err
 
 
+def test_like_asks_for_the_arguments_of_the_network(tmp_path, capsys):
+    """By them the same weights are another network."""
+    out, again = tmp_path / 'a.png', tmp_path / 'b.png'
+    kwargs = ['--model-kwargs', 'mirror=False']
+    argv = ['visualize', 'gencnn_resnet11_w64', '3', '-n', '1', '--steps', '8', '--device', 'cpu']
+    assert cli.main([*argv, *kwargs, '--out', str(out)]) == 0
+    assert cli.main([*argv, '--out', str(again)]) == 0
+    repeat = ['visualize', '--like', str(out), '--device', 'cpu', '--out', str(again)]
+    with Image.open(out) as first, Image.open(again) as second:
+        assert first.tobytes() != second.tobytes()
+    for other in ([], ['--model-kwargs', 'mirror=True'], [*kwargs, 'drop_rate=0.5']):
+        assert cli.main([*repeat, *other]) == 2
+        assert 'give --model-kwargs mirror=False' in capsys.readouterr().err
+    tagged = ['visualize', 'gencnn_resnet11_w64.gg_dg_cifar10', *repeat[1:]]  # the same model by another name
+    assert cli.main(tagged) == 2
+    for argv in repeat, tagged:
+        assert cli.main([*argv, *kwargs]) == 0
+        with Image.open(out) as first, Image.open(again) as second:
+            assert first.tobytes() == second.tobytes()
+
+
 def test_exact_regime_and_animation(tmp_path, capsys):
     out = tmp_path / 'x.png'
     args = ['visualize', LENET, 'conv2:3', '-n', '2', '--steps', '80', '--temperature', '1', '--reference', 'white']

@@ -433,6 +433,21 @@ def test_other_settings_are_refused_unless_overwritten(
     gallery(Net(seed), 'conv:0', tmp_path, **KWARGS | changed)
 
 
+def test_other_arguments_of_the_network_are_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, kwargs = tmp_path / 'page', ['--model-kwargs', 'mirror=False']
+    argv = ['gallery', 'gencnn_resnet11_w64', '--nodes', '3', '-n', '1', '--steps', '8', '--device', 'cpu']
+    assert cli([*argv, '--out', str(out), *kwargs]) == 0
+    before = contents(out)
+    assert cli([*argv, '--out', str(out), *kwargs]) == 0
+    assert contents(out) == before
+    assert cli([*argv, '--out', str(out)]) == 2
+    assert "model_kwargs ['mirror=False'], now None" in capsys.readouterr().err
+    repeat = json.loads(Page((out / 'index.html').read_text()).blobs[0])['rows'][-2:]
+    assert ['Repeat it', f'gencnn visualize --like images/{next(iter(before))} --model-kwargs mirror=False'] in repeat
+    assert cli(['visualize', '--like', str(out / 'images' / next(iter(before))), '--out', str(tmp_path / 'a.png')]) == 2
+    assert 'give --model-kwargs mirror=False' in capsys.readouterr().err
+
+
 def test_numbers_of_numpy_are_the_same_settings(tmp_path: Path) -> None:
     gallery(Net(), range(2), tmp_path, **KWARGS)
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / 'images').iterdir())

@@ -262,10 +262,12 @@ def test_the_first_outputs_have_the_names_of_the_classes(write_run, tmp_path):
 
 def test_pictures_of_a_checkpoint_alone(write_run, tmp_path):
     """The flags of the network must be given."""
-    run = write_run(network(stem_width=8))
+    run = write_run(network(stem_width=8), model_kwargs={'stem_width': 8})
     argv = ['visualize', 'test_resnet', '2', '--steps', '8', '--size', '32', '--out', str(tmp_path / 'a.png')]
     argv += ['--checkpoint', str(run / 'model_best.pth.tar'), '--num-classes', '3', '--model-kwargs', 'stem_width=8']
     assert cli.main(argv) == 0
+    again = ['visualize', str(run), '--like', str(tmp_path / 'a.png'), '--out', str(tmp_path / 'b.png')]
+    assert cli.main(again) == 0  # the run has them itself
     assert cli.main(argv[:-2]) == 2  # another network, which the weights do not fit
 
 

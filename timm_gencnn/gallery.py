@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .networks import MODEL, default_device, load, load_model, weight_arguments, weights_digest
+from .networks import MODEL, default_device, kwargs_told, load, load_model, weight_arguments, weights_digest
 from .node_lists import expand
 from .nodes import resolve
 from .page import Entry, read_entry, render
@@ -81,7 +81,7 @@ def gallery(
             node could be drawn.
         OSError: `out` cannot be written. What was finished is kept.
     """
-    return _gallery(model, nodes, Path(out), overwrite, device, progress, Sampling(n, **settings)).page
+    return _gallery(model, nodes, Path(out), overwrite, device, progress, Sampling(n, **settings), {}).page
 
 
 def _gallery(
@@ -92,12 +92,13 @@ def _gallery(
     device: str | torch.device | None,
     progress: bool,
     asked: Sampling,
+    kwargs: dict[str, list[str]],
 ) -> _Folder:
-    """The folder of `gallery`, with what became of each node."""
+    """The folder of `gallery`, with what became of each node. `kwargs` are those of `networks.kwargs_told`."""
     net, name, _ = load(model, device)
     wanted = _expand(net, nodes, asked.sides())
     _check_reference(net, wanted, asked)
-    folder = _Folder(out, name, {file_name(node): node for node in wanted}, _request(net, asked))
+    folder = _Folder(out, name, {file_name(node): node for node in wanted}, _request(net, asked) | kwargs)
     folder.open(overwrite)
     folder.draw(net, asked, progress)
     failed = folder.failed()
@@ -204,10 +205,11 @@ class _Folder:
         others = self.read()
         if others and not overwrite:
             node, old = others[0]
-            changed = ', '.join(f'{k} {old.get(k)!r}, now {v!r}' for k, v in self.request.items() if old.get(k) != v)
-            changed = changed or 'drawn by another schedule'
+            now = self.request
+            changed = [f'{k} {old.get(k)!r}, now {now.get(k)!r}' for k in now | old if old.get(k) != now.get(k)]
+            why = ', '.join(changed) or 'drawn by another schedule'
             raise ValueError(
-                f'{str(self.out)!r} holds {len(others)} of these nodes with other settings ({node}: {changed}): '
+                f'{str(self.out)!r} holds {len(others)} of these nodes with other settings ({node}: {why}): '
                 'choose another folder, or overwrite them (--overwrite)'
             )
         self.images.mkdir(parents=True, exist_ok=True)
@@ -253,6 +255,7 @@ class _Folder:
         messages = [str(w.message) for w in caught if w.category is UserWarning]
         samples.settings |= {
             'model': self.model,
+            'model_kwargs': self.request.get('model_kwargs', []),
             'notes': list(dict.fromkeys(samples.settings['notes'] + messages)),
             'request': self.request,
         }
@@ -296,7 +299,8 @@ def main(args: argparse.Namespace) -> None:
     weights = weight_arguments(args)
     model = load_model(args.model, **weights) if weights else args.model
     asked = Sampling(**{'n': IMAGES} | sampling_arguments(args))
-    folder = _gallery(model, args.nodes, Path(args.out), args.overwrite, default_device(args.device), True, asked)
+    out, device = Path(args.out), default_device(args.device)
+    folder = _gallery(model, args.nodes, out, args.overwrite, device, True, asked, kwargs_told(args))
     failed, total = folder.failed(), len(folder.wanted)
     print(f'wrote {folder.page}: {total - len(failed)} drawn, {len(failed)} failed')
     if failed:

@@ -101,6 +101,12 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None} | args.model_kwargs
 
 
+def kwargs_told(args: argparse.Namespace) -> dict[str, list[str]]:
+    """--model-kwargs, if given, as a setting of pictures: by them the same weights may be another network."""
+    told = sorted(f'{name}={value}' for name, value in args.model_kwargs.items())
+    return {'model_kwargs': told} if told else {}
+
+
 def move(model: nn.Module, device: str | torch.device) -> None:
     """Moves a model in place.
 

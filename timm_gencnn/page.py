@@ -8,6 +8,7 @@ import html
 import io
 import json
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -212,7 +213,9 @@ def _rows(entry: Entry) -> list[list[str]]:
     rows += [['Seconds', _number(d['seconds'])]]
     model = entry.metadata['settings']['model']
     if ':' in model or is_run(model) or is_model(model.split('.')[0]):  # else a module, unknown to it
-        rows += [['Repeat it', f'gencnn visualize --like images/{entry.file}']]
+        kwargs = entry.metadata['settings'].get('model_kwargs')
+        flag = f' --model-kwargs {shlex.join(kwargs)}' if kwargs else ''
+        rows += [['Repeat it', f'gencnn visualize --like images/{entry.file}{flag}']]
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from .networks import (
     add_weight_arguments,
     default_device,
     frozen,
+    kwargs_told,
     load,
     load_model,
     move,
@@ -230,6 +232,17 @@ def repeat_settings(path: str) -> dict[str, Any]:
     return old
 
 
+def _check_kwargs(args: argparse.Namespace, old: dict[str, Any], model: str) -> None:
+    """Refuses other --model-kwargs than those that a picture tells of, unless the model is one that has its own."""
+    told = old.get('model_kwargs')
+    alike = model == old['model'] or all(timm.is_model(name.split('.')[0]) for name in (model, old['model']))
+    if told and alike and told != kwargs_told(args).get('model_kwargs'):
+        raise ValueError(
+            f'{args.like!r} was drawn from another network of the weights of {model!r}: give --model-kwargs '
+            f'{shlex.join(told)}'
+        )
+
+
 def main(args: argparse.Namespace) -> None:
     """Runs `gencnn visualize`."""
     if not args.out.lower().endswith('.png'):
@@ -243,6 +256,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f'--like repeats a run as it was: leave out {", ".join(given)}')
         old = repeat_settings(args.like)
         model, nodes = model or old['model'], old['nodes']
+        _check_kwargs(args, old, model)
         fixed = ('reference', 'temperature', 'tilt') if old['preset'] else ()
         kwargs = {k: v for k, v in old.items() if k in Sampling.__dataclass_fields__ and k not in fixed}
         kwargs |= {'size': tuple(old['size']), 'dtype': getattr(torch, old['dtype']) if old.get('dtype') else None}
@@ -261,10 +275,11 @@ def main(args: argparse.Namespace) -> None:
         check_writable(path)
     move(net, default_device(args.device))
     samples = visualize(net, nodes, frames=32 if args.animate else 0, **kwargs)
-    samples.settings['model'] = model
+    samples.settings |= {'model': model} | kwargs_told(args)
     if old:
         new = json.loads(json.dumps(samples.settings))
-        told = [k for k in old | new if k not in ('model', 'versions', 'notes', 'request')]  # the last is a gallery's
+        untold = 'model', 'model_kwargs', 'versions', 'notes', 'request'  # the last is a gallery's
+        told = [k for k in old | new if k not in untold]
         differing = [k for k in told if old.get(k) != new.get(k)]
         if differing:
             raise ValueError(f'{args.like!r} cannot be repeated from here: {", ".join(differing)} would differ')
