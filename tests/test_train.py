@@ -30,6 +30,7 @@ from timm.data import resolve_input_data_config
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
+from torchvision.transforms.functional import pil_to_tensor
 
 from timm_gencnn import checkpoints, cli, train, train_args, train_data, validate
 from timm_gencnn.config_file import RECIPES, ConfigParser
@@ -91,6 +92,13 @@ def test_a_run_ends_with_the_command_that_shows_what_it_learned(where, images, t
     monkeypatch.chdir(tmp_path)
     assert cli.main([*command[1:], '-n', '1', '--steps', '8']) == 0
     assert read_metadata('samples.png')['nodes'] == ['0 class0', '1 class1', '2 class2']
+
+
+def test_that_command_tells_a_run_from_a_model_of_its_name(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = flags(images, tmp_path, '--epochs', '1', '--phase', 'DG', '--output', '.', '--experiment', 'lenet')
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith('gencnn visualize ./lenet 0 1 2')
 
 
 def test_writes_what_timm_writes(straight):
@@ -324,6 +332,9 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, 
         (['-b', '64'], '48 training images do not fill one batch of 64'),
         (['--model', 'lennet'], "cannot create model 'lennet'"),
         (['--resume', 'gone.pth.tar'], "no checkpoint 'gone.pth.tar'"),
+        (['--resume', __file__], f'{__file__} cannot be read as a checkpoint'),
+        (['--in-chans', '5'], "images of the mode 'RGB' do not have the 5 channels of the model"),
+        (['--input-img-mode', 'LGB'], "images of the mode 'LGB' do not have the 1 channels"),
         (['--amp'], 'add --amp-dtype bfloat16'),
         (['--sched', 'inv', '--decay-epochs', '0'], 'decay-epochs 0'),
         (['--aug-repeats', '3'], 'start several (torchrun)'),
@@ -356,6 +367,12 @@ def test_too_few_unlabeled_images_name_their_flag(images, tmp_path, capsys):
     more = ['--unlabeled-data-dir', str(images), '--unlabeled-split', 'validation', '--unlabeled-batch-size', '13']
     error = failure(capsys, flags(images, tmp_path, *more))
     assert '12 unlabeled images do not fill one batch of 13: lower --unlabeled-batch-size' in error
+
+
+def test_a_source_whose_package_is_missing_is_one_line(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorflow', None)
+    error = failure(capsys, flags(images, tmp_path, '--dataset', 'tfds/mnist'))
+    assert "cannot open data set 'tfds/mnist'" in error
 
 
 @pytest.mark.parametrize(
@@ -522,16 +539,49 @@ def parquet(images, tmp_path, monkeypatch) -> str:
 
 
 def test_parquet_files_give_the_same_run_as_folders(images, parquet, tmp_path):
-    """For unlabeled images as well."""
+    """For unlabeled images as well, which need not have a column of labels."""
+    bare = datasets.load_dataset(f'{tmp_path}/data', split='validation').remove_columns('label')
+    bare.to_parquet(tmp_path / 'bare/validation-0-of-1.parquet')
     states = []
     for more in (
         ['--unlabeled-data-dir', str(images)],
         ['--dataset', parquet, '--unlabeled-dataset', parquet, '--input-key', 'img'],
+        ['--dataset', parquet, '--unlabeled-dataset', f'hfds/{tmp_path}/bare', '--input-key', 'img'],
     ):
         more += ['--unlabeled-split', 'validation', '--unlabeled-batch-size', '5']
         assert cli.main(flags(images, tmp_path, '--epochs', '2', *more)) == 0
         states.append(weights(tmp_path / 'run/last.pth.tar'))
-    assert same(*states)
+    assert same(states[0], states[1])
+    assert same(states[0], states[2])
+
+
+def test_a_stream_of_unlabeled_images_is_shuffled_and_needs_no_labels(images, parquet, tmp_path):
+    bare = (
+        datasets.load_dataset(f'{tmp_path}/data', split='train').remove_columns('label').rename_column('img', 'image')
+    )
+    bare.to_parquet(tmp_path / 'bare/train-0-of-1.parquet')
+    datasets.load_dataset(f'{tmp_path}/bare')  # counts its images
+    args = parse(flags(images, tmp_path, '--unlabeled-dataset', f'hfids/{tmp_path}/bare', '--no-aug'))
+    config = {'input_size': (1, SIZE, SIZE), 'mean': (0.0,), 'std': (1.0,), 'interpolation': 'bilinear'}
+    loader = train_data.unlabeled_loader(prepared(args), config, torch.device('cpu'))
+    seen = torch.cat([image for image, _ in loader]).flatten(1)
+    stored = torch.stack([pil_to_tensor(image) / 255 for image in bare['image']]).flatten(1)
+    assert not torch.allclose(seen, stored)
+    torch.testing.assert_close(seen.sum(1).sort().values, stored.sum(1).sort().values)
+
+
+def test_validation_crops_images_as_the_network_wants_them(tmp_path):
+    """As `gencnn validate` does: a wide image with a bright left end, kept by a network that squashes its images."""
+    pixels = np.zeros((28, 84), dtype=np.uint8)
+    pixels[:, :20] = 255
+    (tmp_path / 'validation/0').mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / 'validation/0/0.png')
+    for mode, bright in (('center', False), ('squash', True)):
+        model = timm.create_model('gencnn_lenet', pretrained_cfg_overlay={'crop_mode': mode})
+        config = resolve_input_data_config(model, {})
+        args = prepared(parse(flags(tmp_path, tmp_path)))
+        ((image, _),) = train_data.eval_loader(args, config, torch.device('cpu'))
+        assert (image[0, 0, :, 0] > 0).all() == bright
 
 
 @pytest.mark.parametrize('more', [[], ['--hybrid', '0.5']], ids=['generative', 'hybrid'])
@@ -608,6 +658,7 @@ def test_the_weight_of_no_unlabeled_images_is_refused(images, tmp_path, capsys):
         (['--unlabeled-batch-size', '0'], '--unlabeled-batch-size 0 is outside [1, inf)'),
         (['--switch-ess', '0.5'], '--switch-ess 0.5 is never reached: the ESS is a number of images'),
         (['--switch-ess', 'nan'], '--switch-ess nan is never reached'),
+        (['--disc-lr', 'nan'], '--disc-lr nan is outside [0, inf)'),
     ],
 )
 def test_bad_generative_flags_are_refused_before_anything_is_loaded(tmp_path, capsys, more, message):

@@ -9,6 +9,8 @@ from typing import Any
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from .registry import check_checkpoint
+
 _logger = logging.getLogger(__name__)
 
 
@@ -74,13 +76,15 @@ def resume_path(resume: str, folder: Path) -> str | None:
     """Return the checkpoint that --resume means, or None to start afresh.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: There is no such file, or it is no checkpoint.
     """
     if resume == 'auto':
         found = find_checkpoint(folder)
         return None if found is None else str(found)
     if resume and not Path(resume).is_file():
         raise ValueError(f"no checkpoint {resume!r} to resume from; 'auto' takes the newest of the run")
+    if resume:
+        check_checkpoint(resume)
     return resume or None
 
 

@@ -124,10 +124,8 @@ class _Session:
         if args.pool_reference:
             self.bridge = natural_for(given, channels, tuple(size), given['device']).bridge
         if has_unlabeled(args):
-            dataset = train_data.open_dataset(
-                args.unlabeled_dataset or '', args.unlabeled_data_dir, args.unlabeled_split, channels
-            )
             batch_size = args.unlabeled_batch_size or given['batch_size']
+            dataset = train_data.open_unlabeled(args, channels, batch_size=batch_size)
             plain = {'dataset': dataset, 'batch_size': batch_size, 'collate_fn': None, 'num_aug_splits': 0}
             loader = _create_loader(**{**given, **plain})
             if len(loader) == 0:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from . import checkpoints, script, train_data
 from .loss import check_targets
 from .reference import natural_for
-from .runs import CLASS_MAP, metric_by_epoch
+from .runs import CLASS_MAP, means_run, metric_by_epoch
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
 from .train_args import add_arguments, check_arguments, validates_average
@@ -332,7 +332,8 @@ class Trainer:
             self._finish_epoch(epoch, train_metrics, eval_metrics, time.perf_counter() - begin)
         if self.primary:
             classes = ' '.join(map(str, range(min(10, self.args.num_classes))))
-            print(f'to see what it learned: gencnn visualize {shlex.quote(str(self.output))} {classes}')
+            run = self.output if means_run(str(self.output)) else f'./{self.output}'  # else it is a model of timm
+            print(f'to see what it learned: gencnn visualize {shlex.quote(str(run))} {classes}')
 
     def _distribute_batch_norm(self) -> None:
         for ema in (False, True) if validates_average(vars(self.args)) else (False,):

@@ -293,7 +293,7 @@ _LEAST = {
 
 # The half-open intervals in which generative flags lie.
 _GENERATIVE_RANGES = {
-    **dict.fromkeys(('gen_epochs', 'pool_queue', 'unlabeled_weight'), (0, math.inf)),
+    **dict.fromkeys(('gen_epochs', 'disc_lr', 'pool_queue', 'unlabeled_weight'), (0, math.inf)),
     'hybrid': (0, 1),
     'unlabeled_batch_size': (1, math.inf),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageMode
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader, create_transform
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import Dataset, IterableDataset
@@ -83,7 +84,8 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
         kwargs: Further arguments of create_dataset.
 
     Raises:
-        ValueError: The data set, folder or split does not exist or holds no image.
+        ValueError: The data set, folder or split does not exist or holds no image, or images of their mode have other
+            channels than the model.
     """
     if not name and root is None:
         raise ValueError(f'no data set was named, split {split!r}: give --dataset, or --data-dir for a folder')
@@ -92,10 +94,15 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
         raise ValueError(
             f'split {split!r}: folders have no slices, {root!r} would be read whole: leave out the brackets'
         )
-    kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
+    mode = kwargs['input_img_mode'] = kwargs.get('input_img_mode') or ('L' if in_chans == 1 else 'RGB')
+    if _channels(mode) != in_chans:
+        raise ValueError(
+            f'images of the mode {mode!r} do not have the {in_chans} channels of the model: give another '
+            '--input-img-mode (one of PIL) or --in-chans'
+        )
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
         where = f'data set {name!r}' if name else 'image folder'
         where += f' in {root!r}' if root else ''
         reason = str(error) or 'no such folder'
@@ -103,6 +110,14 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
     if local and Path(str(root)).is_dir():
         _check_split(dataset, str(root), split)
     return dataset
+
+
+def _channels(mode: str) -> int | None:
+    """Channels of PIL's images of a mode; None if there is no such mode."""
+    try:
+        return len(ImageMode.getmode(mode).bands)
+    except KeyError:
+        return None
 
 
 def _check_split(dataset: Any, root: str, split: str) -> None:
@@ -218,16 +233,40 @@ def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: t
     """Loader of the unlabeled images, or None."""
     if not has_unlabeled(args):
         return None
-    dataset = open_dataset(
-        args.unlabeled_dataset or '',
-        args.unlabeled_data_dir,
-        args.unlabeled_split,
+    batch_size = args.unlabeled_batch_size or args.batch_size
+    dataset = open_unlabeled(
+        args,
         config['input_size'][0],
+        batch_size=batch_size,
+        seed=args.seed,
         input_img_mode=args.input_img_mode,
         **columns(args, args.unlabeled_dataset),
     )
-    batch_size = args.unlabeled_batch_size or args.batch_size
     return _train_loader(dataset, batch_size, args, config, device, kind='unlabeled')
+
+
+def open_unlabeled(args: argparse.Namespace, in_chans: int, **kwargs: Any) -> Any:
+    """The data set of unlabeled images that the flags name. If it has labels, they are not read.
+
+    Args:
+        args: The flags.
+        in_chans: As of `open_dataset`.
+        kwargs: Further arguments of timm's create_dataset.
+
+    Raises:
+        ValueError: As `open_dataset`.
+    """
+    name = args.unlabeled_dataset or ''
+    if name.lower().startswith(('hfds/', 'hfids/')):  # their readers take a label of every image: it is its own
+        kwargs['target_key'] = kwargs.get('input_key') or 'image'
+    split = args.unlabeled_split
+    dataset = open_dataset(name, args.unlabeled_data_dir, split, in_chans, is_training=True, **kwargs)
+    dataset.target_transform = _no_class
+    return dataset
+
+
+def _no_class(target: Any) -> int:
+    return -1
 
 
 def _train_loader(
@@ -335,6 +374,7 @@ def eval_loader(args: argparse.Namespace, config: dict[str, Any], device: torch.
         args.validation_batch_size or args.batch_size,
         interpolation=config['interpolation'],
         crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
         **_loader_arguments(args, config, device),
     )
     return DeviceLoader(loader, classes=args.num_classes, kind='validation') if args.data_on_device else loader
