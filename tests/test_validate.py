@@ -194,7 +194,7 @@ def test_the_network_is_the_one_that_was_trained(folder):
         assert abs(results_of(folder, *argv, *other)['nll'] - expected) > 1e-2
 
 
-def test_columns_and_image_mode(folder, tmp_path):
+def test_columns_and_image_mode(folder, tmp_path, capsys):
     """Images and labels are read from the columns that are named, and in the mode that is named."""
     pixels = np.random.default_rng(0).integers(0, 255, (6, 28, 28, 3), dtype=np.uint8)
     columns = {'img': [Image.fromarray(p) for p in pixels], 'fine_label': [0, 1, 0, 1, 1, 1]}
@@ -209,7 +209,10 @@ def test_columns_and_image_mode(folder, tmp_path):
     torch.save(model.state_dict(), folder / 'model.pth.tar')
     argv = ['--model', 'lenet', '--in-chans', '3', '--checkpoint', str(folder / 'model.pth.tar')]
     argv += ['--input-size', '3', '28', '28', '--mean', '0', '--std', '1', '--data-dir', str(tmp_path / 'cache')]
-    ood = ['--ood-dataset', data[1], '--ood-split', 'test']
+    (tmp_path / 'bare').mkdir()
+    bare = Dataset.from_dict({'img': columns['img']}).cast_column('img', datasets.Image())
+    bare.to_parquet(tmp_path / 'bare/test-0-of-1.parquet')  # a second data set needs no labels
+    ood = ['--ood-dataset', f'hfds/{tmp_path / "bare"}', '--ood-split', 'test']
     for mode in ('RGB', 'YCbCr'):
         converted = np.stack([Image.fromarray(p).convert(mode) for p in pixels])
         logits = model(torch.from_numpy(converted).permute(0, 3, 1, 2) / 255)
@@ -217,6 +220,10 @@ def test_columns_and_image_mode(folder, tmp_path):
         found = results_of(folder, *argv, *data, *ood, *([] if mode == 'RGB' else ['--input-img-mode', mode]))
         assert found['nll'] == pytest.approx(expected, abs=1e-6)
         assert found['auroc_logit'] == 50  # the same images on both sides
+    for key in (['--input-key', 'img'], ['--input-key', 'image', '--target-key', 'img']):
+        data = ['--dataset', ood[1], '--split', 'test', *key, '--data-dir', str(tmp_path / 'cache')]
+        assert cli.main(['validate', *argv, *data, '-j', '0', '--num-classes', '2']) == 2
+        assert 'lacks the column' in capsys.readouterr().err
 
 
 def test_images_have_the_channels_that_were_asked_for(folder):
@@ -239,11 +246,18 @@ def test_class_map_is_not_that_of_the_other_data_set(folder):
     assert 'auroc_logit' in results_of(folder, *argv)
 
 
+def test_an_unknown_interpolation_is_none_of_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['validate', '--interpolation', 'cubic'])
+    assert 'argument --interpolation: invalid choice' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
         (['--num-classes', '1', '--checkpoint', '{folder}/one.pth.tar'], 'has 2 classes, the model 1'),
-        (['--checkpoint', 'gone.pth.tar'], "cannot load model 'lenet' 'gone.pth.tar'"),
+        (['--checkpoint', 'gone.pth.tar'], "cannot load model 'lenet' 'gone.pth.tar': no such file"),
+        (['--ood-dataset', 'torch/mnist'], "'torch/mnist' lies in a folder on this machine: give that as well"),
         (['--data-dir', '/nowhere'], "cannot open image folder in '/nowhere', split 'validation': no such folder"),
         (['--model-kwargs', 'depth=3'], "cannot load model 'lenet'"),
         (['--model', 'lennet'], "cannot load model 'lennet'"),

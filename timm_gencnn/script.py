@@ -125,7 +125,8 @@ class _Session:
             self.bridge = natural_for(given, channels, tuple(size), given['device']).bridge
         if has_unlabeled(args):
             batch_size = args.unlabeled_batch_size or given['batch_size']
-            dataset = train_data.open_unlabeled(args, channels, batch_size=batch_size)
+            where = args.unlabeled_dataset or '', args.unlabeled_data_dir, args.unlabeled_split
+            dataset = train_data.open_unlabeled(*where, channels, is_training=True, batch_size=batch_size)
             plain = {'dataset': dataset, 'batch_size': batch_size, 'collate_fn': None, 'num_aug_splits': 0}
             loader = _create_loader(**{**given, **plain})
             if len(loader) == 0:

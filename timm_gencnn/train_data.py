@@ -89,6 +89,8 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
     """
     if not name and root is None:
         raise ValueError(f'no data set was named, split {split!r}: give --dataset, or --data-dir for a folder')
+    if name.lower().startswith('torch/') and root is None:
+        raise ValueError(f'{name!r} lies in a folder on this machine: give that as well (--data-dir)')
     local = '/' not in name and root is not None  # a folder, or a .tar file
     if local and '[' in split:
         raise ValueError(
@@ -100,16 +102,41 @@ def open_dataset(name: str, root: str | None, split: str, in_chans: int, **kwarg
             f'images of the mode {mode!r} do not have the {in_chans} channels of the model: give another '
             '--input-img-mode (one of PIL) or --in-chans'
         )
+    where = (f'data set {name!r}' if name else 'image folder') + (f' in {root!r}' if root else '')
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
-        where = f'data set {name!r}' if name else 'image folder'
-        where += f' in {root!r}' if root else ''
         reason = str(error) or 'no such folder'
         raise ValueError(f'cannot open {where}, split {split!r}: {reason}') from error
     if local and Path(str(root)).is_dir():
         _check_split(dataset, str(root), split)
+    if hasattr(getattr(dataset, 'reader', None), 'label_key'):  # timm's of hfds/ opens it whatever its columns are
+        _check_columns(dataset.reader, where)
     return dataset
+
+
+def _check_columns(reader: Any, where: str) -> None:
+    try:
+        if len(reader):
+            reader[0]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'{where} lacks the column {reader.image_key!r} of images or {reader.label_key!r} of labels: name its own '
+            'by --input-key and --target-key'
+        ) from error
+
+
+def open_unlabeled(name: str, root: str | None, split: str, in_chans: int, **kwargs: Any) -> Any:
+    """`open_dataset` of images whose labels, if they have any, are not read: each is -1."""
+    if name.lower().startswith(('hfds/', 'hfids/')):  # their readers take a label of every image: it is its own
+        kwargs['target_key'] = kwargs.get('input_key') or 'image'
+    dataset = open_dataset(name, root, split, in_chans, **kwargs)
+    dataset.target_transform = _no_class
+    return dataset
+
+
+def _no_class(target: Any) -> int:
+    return -1
 
 
 def _channels(mode: str) -> int | None:
@@ -235,38 +262,17 @@ def unlabeled_loader(args: argparse.Namespace, config: dict[str, Any], device: t
         return None
     batch_size = args.unlabeled_batch_size or args.batch_size
     dataset = open_unlabeled(
-        args,
+        args.unlabeled_dataset or '',
+        args.unlabeled_data_dir,
+        args.unlabeled_split,
         config['input_size'][0],
+        is_training=True,
         batch_size=batch_size,
         seed=args.seed,
         input_img_mode=args.input_img_mode,
         **columns(args, args.unlabeled_dataset),
     )
     return _train_loader(dataset, batch_size, args, config, device, kind='unlabeled')
-
-
-def open_unlabeled(args: argparse.Namespace, in_chans: int, **kwargs: Any) -> Any:
-    """The data set of unlabeled images that the flags name. If it has labels, they are not read.
-
-    Args:
-        args: The flags.
-        in_chans: As of `open_dataset`.
-        kwargs: Further arguments of timm's create_dataset.
-
-    Raises:
-        ValueError: As `open_dataset`.
-    """
-    name = args.unlabeled_dataset or ''
-    if name.lower().startswith(('hfds/', 'hfids/')):  # their readers take a label of every image: it is its own
-        kwargs['target_key'] = kwargs.get('input_key') or 'image'
-    split = args.unlabeled_split
-    dataset = open_dataset(name, args.unlabeled_data_dir, split, in_chans, is_training=True, **kwargs)
-    dataset.target_transform = _no_class
-    return dataset
-
-
-def _no_class(target: Any) -> int:
-    return -1
 
 
 def _train_loader(

@@ -20,8 +20,8 @@ from .model_config import own_config
 from .networks import frozen, move, without_autocast
 from .reference import per_channel
 from .runs import best_checkpoint, is_run, model_arguments
-from .train_args import NameValues
-from .train_data import check_classes, columns, open_dataset, plain_loader
+from .train_args import INTERPOLATIONS, NameValues
+from .train_data import check_classes, columns, open_dataset, open_unlabeled, plain_loader
 
 __all__ = ['add_arguments', 'auroc', 'expected_calibration_error', 'main', 'noisy', 'scores', 'validate']
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--crop-pct', type=float, metavar='F')
     add('--mean', type=float, nargs='+', metavar='X')
     add('--std', type=float, nargs='+', metavar='X')
-    add('--interpolation', default='', metavar='NAME')
+    add('--interpolation', default='', choices=['', *INTERPOLATIONS], metavar='NAME')
     add('--class-map', default='', metavar='FILE')
     add('--input-img-mode', metavar='MODE', help="image mode; default 'L' for one channel, else 'RGB'")
     add('--input-key', metavar='KEY', help='column of the images, of a second data set from the same source too')
@@ -107,9 +107,10 @@ def main(args: argparse.Namespace) -> None:
     config = resolve_input_data_config(model, vars(args), use_test_size=not args.checkpoint)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    channels = config['input_size'][0]
 
-    def loader(name: str, root: str | None, split: str, **kwargs: Any) -> Any:
-        dataset = open_dataset(name, root, split, config['input_size'][0], input_img_mode=args.input_img_mode, **kwargs)
+    def loader(name: str, root: str | None, split: str, opened: Callable = open_dataset, **kwargs: Any) -> Any:
+        dataset = opened(name, root, split, channels, input_img_mode=args.input_img_mode, **kwargs)
         return plain_loader(dataset, config, args.batch_size, args.workers, device)
 
     labeled = columns(args, args.dataset) | {'class_map': args.class_map or None}
@@ -122,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     results |= validate(model, noisy(data, args.noise, config['std']), autocast)
     if args.ood_dataset is not None or args.ood_data_dir is not None:
         ood = args.ood_dataset
-        outside = loader(ood or '', args.ood_data_dir, args.ood_split, **columns(args, ood))
+        outside = loader(ood or '', args.ood_data_dir, args.ood_split, open_unlabeled, **columns(args, ood))
         inside_scores, outside_scores = (scores(model, tqdm(d, desc='scores', leave=False)) for d in (data, outside))
         results |= {f'auroc_{k}': 100 * auroc(inside_scores[k], outside_scores[k]) for k in inside_scores}
     for name, value in results.items():
@@ -146,7 +147,8 @@ def _create_model(args: argparse.Namespace) -> Any:
         if args.checkpoint:
             load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     except (RuntimeError, TypeError, KeyError, FileNotFoundError) as error:
-        raise ValueError(f'cannot load model {args.model!r} {args.checkpoint!r}: {error}') from error
+        reason = str(error) or 'no such file'
+        raise ValueError(f'cannot load model {args.model!r} {args.checkpoint!r}: {reason}') from error
     return model
 
 
