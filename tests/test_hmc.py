@@ -150,6 +150,36 @@ def test_without_a_score_every_proposal_is_accepted():
             assert info.energy_error.abs().max() < 1e-2
 
 
+@pytest.mark.parametrize(('side', 'counted'), [(512, True), (224, False)])
+def test_rounded_rotations_cost_large_images_no_acceptance(side, counted):
+    """They stretch by up to 3e-8, and 800,000 coordinates add it up: by as much grows the volume."""
+    streams = hmc.Streams(0, range(4))
+    zero = lambda z: z.flatten(1).sum(1) * 0  # noqa: E731
+    sizes = torch.tensor([0.01, 0.0982, 0.1963, 0.3], dtype=torch.float64)
+    state = hmc.init(zero, streams.normal((3, side, side)), streams)
+    raised = hmc.hamiltonian(hmc.leapfrog(state, zero, sizes, 8)) - hmc.hamiltonian(state)
+    assert (raised.abs().max() > 0.12) == counted
+    _, info = hmc.step(state, zero, streams, sizes, 8)
+    if counted:
+        torch.testing.assert_close(raised, hmc.log_volume(sizes, 8, state.z), atol=5e-3, rtol=0)
+        assert info.acceptance.min() > 0.995
+    else:  # pictures of smaller images are what they were
+        assert not hmc.log_volume(sizes, 8, state.z).any()
+        assert info.acceptance.min() > 0.88
+
+
+def test_step_sizes_of_large_images_do_not_collapse():
+    """A flat score, at which no step is too long, though no shorter step makes up for rounding."""
+    flat = lambda z: z.flatten(1)[:, :10].sum(1)  # noqa: E731
+    streams = hmc.Streams(0, range(1))
+    state = hmc.init(flat, streams.normal((3, 1024, 1024)), streams)
+    adapt = hmc.DualAveraging.start(torch.full((1,), 0.1))
+    for _ in range(12):
+        state, info = hmc.step(state, flat, streams, adapt.step_size, 8)
+        adapt = adapt.update(info.acceptance, 0.8, 0.2)
+    assert adapt.frozen.min() > 0.15
+
+
 def test_trajectory_is_reversible_and_keeps_volume():
     streams = hmc.Streams(3, range(5))
     state = hmc.init(quartic, streams.normal((DIM,), torch.float64), streams)
