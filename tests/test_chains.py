@@ -187,6 +187,19 @@ def test_gallery_does_not_depend_on_the_scale_of_the_score():
     assert torch.allclose(*ends, atol=1e-4)
 
 
+@pytest.mark.parametrize('exponent', [-90, -60, 80])
+def test_gallery_takes_scores_whose_squares_no_float32_holds(exponent):
+    ends = []
+    for factor in (1.0, 2.0**exponent):
+        score = lambda z, c=factor: c * linear(z)  # noqa: E731
+        state, streams = begin(score, 2)
+        trace = chains.sample_gallery(score, state, streams, 60, temperature=0.02)
+        assert not trace.divergences.any()
+        ends.append(trace.z)
+    assert (linear(ends[0]) > 10).all()
+    assert torch.allclose(*ends, atol=1e-4)
+
+
 def test_strength_and_move_may_differ_from_chain_to_chain():
     def run(strength, move):
         state, streams = begin(linear, 2)

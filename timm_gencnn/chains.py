@@ -288,5 +288,9 @@ def sample_gallery(
 
 
 def _rms(grad: Tensor) -> Tensor:
-    """Root mean square of each chain's gradient [n], kept away from zero."""
-    return grad.flatten(1).square().mean(1).sqrt().double().clamp(min=1e-12)
+    """Root mean square of each chain's gradient [n], float64, kept away from zero."""
+    grad = grad.flatten(1)
+    rms = grad.square().mean(1).sqrt().double()
+    slow = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64) / math.sqrt(grad.shape[1])
+    in_range = (rms > 1e-12) & rms.isfinite()  # else the squares leave float32's
+    return torch.where(in_range, rms, slow).clamp(min=1e-30)
