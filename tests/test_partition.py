@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import timm_gencnn
-from timm_gencnn import blocks
+from timm_gencnn import blocks, hmc
 from timm_gencnn.reference import White
 
 
@@ -51,6 +51,38 @@ def test_chunks_give_the_same_estimate(monkeypatch):
     assert len(parts.log_weights) == 10
     torch.testing.assert_close(parts.log_weights, whole.log_weights)
     assert parts.log_z == pytest.approx(whole.log_z, rel=1e-6)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
+    net = Linear().eval()
+    whole = log_z(net, 0, n=10, levels=10)
+    room, score_and_grad = 3, hmc.score_and_grad
+
+    def hungry(score, z):
+        if len(z) > room:
+            raise torch.OutOfMemoryError('out of memory')
+        return score_and_grad(score, z)
+
+    monkeypatch.setattr(hmc, 'score_and_grad', hungry)
+    with pytest.warns(UserWarning, match='out of memory: starting again with 2 images') as caught:
+        parts = timm_gencnn.log_z(net, 0, n=10, levels=10, reference=White((1, 4, 4)), progress=False)
+    assert [w.filename for w in caught] == [__file__] * 2
+    torch.testing.assert_close(parts.log_weights, whole.log_weights)
+    room = 0
+    with (
+        pytest.warns(UserWarning, match='with 1 images'),
+        pytest.raises(ValueError, match='out of memory with one 4 x 4 image at a time'),
+    ):
+        log_z(net, 0, n=10, levels=10)
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError('a bug')
+
+    monkeypatch.setattr(hmc, 'score_and_grad', broken)
+    with pytest.raises(RuntimeError, match='a bug'):
+        log_z(Linear().eval(), 0, n=4, levels=5)
 
 
 def test_parameters_keep_their_gradients_and_a_seed_repeats():

@@ -189,6 +189,29 @@ def test_a_network_that_needs_contiguous_maps_gets_them():
     assert len(log_z(model, 1, n=2, levels=2, size=8, progress=False).log_weights) == 2
 
 
+class Complex(nn.Module):
+    """A filter of frequencies with complex weights, kept as pairs of real ones: a parameter of four dimensions."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.conv, self.view = nn.Conv2d(3, 4, 3, padding=1), view
+        self.weight = nn.Parameter(torch.randn(8, 5, 4, 2))
+
+    def forward(self, x):
+        frequencies = torch.fft.rfft2(self.conv(x).permute(0, 2, 3, 1), dim=(1, 2))
+        return torch.fft.irfft2(frequencies * self.view(self.weight), s=(8, 8), dim=(1, 2)).mean((1, 2))
+
+
+@pytest.mark.parametrize('view', [torch.view_as_complex, lambda w: w.view(torch.complex64)[..., 0]])
+def test_a_network_that_needs_contiguous_weights_gets_them(view):
+    torch.manual_seed(0)
+    model = Complex(view).eval()
+    with channels_last(model), pytest.raises(RuntimeError, match='stride'):
+        model(torch.randn(2, 3, 8, 8))
+    assert quick(model, [1, 'conv:2'], size=8).images.shape == (4, 3, 8, 8)
+    assert model.weight.is_contiguous()
+
+
 # torch.compile
 
 

@@ -21,7 +21,8 @@ class LogZ(NamedTuple):
     """An estimate of log Z.
 
     Attributes:
-        log_z: log of the mean importance weight.
+        log_z: log of the mean importance weight: low on average, by half the square of its standard error where that
+            is small, since the mean weight is right on average and the log is concave.
         standard_error: Standard error of `log_z` by the delta method, sd(w) / (mean(w) sqrt(n)). It can be trusted
             while the ESS is a good part of the number of chains.
         ess: Effective sample size of the weights, 1 to n.

@@ -30,6 +30,27 @@ def chunk(reference: Reference) -> int:
     return max(1, PIXELS_PER_BATCH // math.prod(reference.shape))
 
 
+def lighter(e: RuntimeError, images: int, size: tuple[int, int], stacklevel: int) -> int:
+    """Images in one forward pass of the next try, after an error for lack of memory; any other is raised.
+
+    Args:
+        e: The error.
+        images: Images in one forward pass of the last try.
+        size: Their height and width in pixels.
+        stacklevel: Where the user's call is, for the warning that says so.
+
+    Raises:
+        ValueError: There is no memory for a single image.
+    """
+    if not _out_of_memory(e):
+        raise e
+    if images == 1:
+        sides = ' x '.join(map(str, size))
+        raise ValueError(f'out of memory with one {sides} image at a time: give a smaller size') from e
+    warnings.warn(f'out of memory: starting again with {images // 2} images at a time', stacklevel=stacklevel)
+    return images // 2
+
+
 class Drawn(NamedTuple):
     """What chains leave behind.
 
@@ -106,13 +127,7 @@ class Run:
         if self.sampling.compile and isinstance(e, torch._dynamo.exc.TorchDynamoException):
             reason = str(e).strip().splitlines()[0]
             raise ValueError(f'torch.compile cannot take this model whole, leave compile out: {reason}') from e
-        if not _out_of_memory(e):
-            raise e
-        if self.batch == 1:
-            sides = ' x '.join(map(str, self.score.size))
-            raise ValueError(f'out of memory with one {sides} image at a time: give a smaller size') from e
-        self.batch = max(1, min(self.batch, len(self.score.nodes) * self.sampling.n) // 2)
-        warnings.warn(f'out of memory: starting again with {self.batch} images at a time', stacklevel=5)
+        self.batch = lighter(e, min(self.batch, len(self.score.nodes) * self.sampling.n), self.score.size, stacklevel=6)
 
     @contextmanager
     def scoring(self, group: list[int]) -> Iterator[ScoreFunction]:
@@ -186,8 +201,9 @@ class Run:
 
 
 def _needs_contiguous(e: BaseException) -> bool:
-    """Whether a network failed on a `view` of a map that is in channels-last order."""
-    return 'view size is not compatible' in str(e) or 'Cannot view a tensor' in str(e)
+    """Whether a network failed on a `view` of a map or of a weight that is in channels-last order."""
+    told = 'view size is not compatible', 'Cannot view a tensor', 'last dimension with stride 1', 'must be 1 to view'
+    return any(text in str(e) for text in told)
 
 
 def _out_of_memory(e: BaseException) -> bool:

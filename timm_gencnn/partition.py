@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ais, hmc
-from .blocks import chunk
+from .blocks import chunk, lighter
 from .names import Node
 from .networks import frozen, load, without_autocast
 from .nodes import resolve
@@ -60,10 +60,16 @@ def log_z(
     with frozen(net), without_autocast(where):
         score = resolve(net, [node], size=asked.sides())
         q = asked.make_reference(net, score.in_chans, score.size, where)
-        with tqdm(total=asked.n * ais.gradients(levels), unit='grad', disable=not progress, desc='log Z') as bar:
+        batch, total = chunk(q), asked.n * ais.gradients(levels)
+        while True:
+            try:
+                with tqdm(total=total, unit='grad', disable=not progress, desc='log Z') as bar:
 
-            def f(z: Tensor) -> Tensor:
-                bar.update(len(z))
-                return score(q(z))
+                    def f(z: Tensor) -> Tensor:
+                        bar.update(len(z))
+                        return score(q(z))
 
-            return ais.log_z(f, q.shape, hmc.Streams(asked.seed, range(asked.n), where), levels, batch=chunk(q))
+                    streams = hmc.Streams(asked.seed, range(asked.n), where)
+                    return ais.log_z(f, q.shape, streams, levels, batch=batch)
+            except RuntimeError as e:
+                batch = lighter(e, min(batch, asked.n), score.size, stacklevel=4)
