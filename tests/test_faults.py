@@ -68,6 +68,9 @@ def test_numbers_of_numpy_are_taken_as_pythons_own() -> None:
     samples = quick(Net(), 1, **{k: np.float32(v) if type(v) is float else np.int64(v) for k, v in numbers.items()})
     assert torch.equal(samples.images, expected.images)
     assert json.dumps(samples.settings) == json.dumps(expected.settings)
+    for size in (np.int64(16), np.int64(16)), [torch.tensor(16)] * 2, torch.Size((16, 16)):
+        assert torch.equal(quick(Net(), 1, **numbers | {'size': size}).images, expected.images)
+    assert list_nodes(Net(), size=np.int64(16)) == list_nodes(Net(), size=16)
     small = {'n': 2, 'levels': 2, 'seed': 1, 'size': 16}
     estimates = [
         log_z(Net(), 1, progress=False, **{k: of(v) for k, v in small.items()}).log_z for of in (int, np.int64)

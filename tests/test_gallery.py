@@ -451,7 +451,9 @@ def test_other_arguments_of_the_network_are_other_settings(tmp_path: Path, capsy
 def test_numbers_of_numpy_are_the_same_settings(tmp_path: Path) -> None:
     gallery(Net(), range(2), tmp_path, **KWARGS)
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / 'images').iterdir())
-    gallery(Net(), np.arange(2), tmp_path, **{k: v if k == 'progress' else np.int64(v) for k, v in KWARGS.items()})
+    numbers = {k: v if k == 'progress' else np.int64(v) for k, v in KWARGS.items()}
+    for size in numbers['size'], (numbers['size'], numbers['size']):
+        gallery(Net(), np.arange(2), tmp_path, **numbers | {'size': size})
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / 'images').iterdir()) == before
 
 

@@ -372,6 +372,10 @@ def test_labels_of_the_model_come_first():
         ([[1]], r'\[1\] is no node'),
         ({1: float('nan')}, 'weight nan .* not a finite number'),
         ({1: 'a'}, "weight 'a' .* not a finite number"),
+        ({1: None}, 'weight None of node 1 is not a finite number'),
+        ({1: 1j}, 'weight 1j of node 1 is not a finite number'),
+        ({1: torch.ones(2)}, r'weight tensor\(\[1., 1.\]\) of node 1 is not a finite number'),
+        ({1: 10**400}, 'of node 1 is not a finite number'),
         ('layer3:axis4=1', 'axis 4 is out of range'),
     ],
 )
@@ -574,7 +578,7 @@ def test_refused_sizes(zoo):
     vit = timm.create_model('test_vit').eval()
     with pytest.raises(ValueError, match=r'refuses 100 x 100 .*own size is 160 x 160'):
         resolve(vit, 3, size=(100, 100))
-    for size in ((0, 4), (4,), 'big', (4.0, 4.0)):
+    for size in ((0, 4), (4,), 'big', (4.0, 4.0), 4.0, (4, 4, 4), [-4, 4]):
         with pytest.raises(ValueError, match='not a positive height and width'):
             resolve(vit, 3, size=size)
 
@@ -589,6 +593,17 @@ def test_the_remedy_for_a_model_that_states_nothing_helps(size):
     model.pretrained_cfg = {'input_size': (2, 8, 8)}
     score = resolve(model, 3, size=size)
     assert (score.in_chans, score.size) == (2, (8, 8))
+
+
+@pytest.mark.parametrize('stated', [(8, 8), 8, 'large', (2, 8, None)])
+def test_a_misstated_size_is_an_error(stated):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 8 * 8, 10)).eval()
+    model.pretrained_cfg = {'input_size': stated}
+    with pytest.raises(ValueError, match=re.escape(f'input_size {stated!r}: give (channels, height, width)')):
+        resolve(model, 3)
+    model.pretrained_cfg = {'input_size': None}  # says nothing
+    with pytest.raises(ValueError, match='or state all of it'):
+        resolve(model, 3)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,22 @@ def own_config(model: nn.Module) -> dict[str, Any]:
     return cfg if isinstance(cfg, dict) else cfg.to_dict()
 
 
+def _stated_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Image channels, height and width by the model's configuration.
+
+    Raises:
+        ValueError: It states something else.
+    """
+    stated = own_config(model).get('input_size')
+    if not stated:
+        return None
+    try:
+        channels, height, width = map(int, stated)
+    except (TypeError, ValueError):
+        raise ValueError(f'pretrained_cfg has input_size {stated!r}: give (channels, height, width)') from None
+    return channels, height, width
+
+
 def own_size(model: nn.Module) -> tuple[int, int] | None:
     """The image side that the model was built for, else the one its configuration names."""
     patches = getattr(model, 'patch_embed', None)
@@ -29,14 +45,15 @@ def own_size(model: nn.Module) -> tuple[int, int] | None:
         return built, built
     if isinstance(built, (tuple, list)) and len(built) == 2:
         return int(built[0]), int(built[1])
-    stated = own_config(model).get('input_size')
-    return (int(stated[1]), int(stated[2])) if stated else None
+    stated = _stated_size(model)
+    return stated and stated[1:]
 
 
 def own_channels(model: nn.Module) -> list[int]:
     """Image channels worth trying, most likely first."""
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    return list(dict.fromkeys([first, int(own_config(model).get('input_size', (3,))[0]), 3, 1, 4]))
+    stated = _stated_size(model)
+    return list(dict.fromkeys([first, stated[0] if stated else 3, 3, 1, 4]))
 
 
 def own_labels(model: nn.Module) -> DatasetInfo | None:

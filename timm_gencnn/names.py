@@ -4,6 +4,7 @@ Knows which layers and classes there are, and nothing of what a forward pass doe
 """
 
 import difflib
+import math
 import operator
 import re
 from collections import defaultdict
@@ -85,9 +86,10 @@ def parse(node: Any, names: Names) -> Parsed:
             raise ValueError('an empty dictionary is no node: give {node: weight, ...}')
         parsed: Parsed = []
         for member, weight in node.items():
-            if isinstance(weight, (str, bytes)) or not torch.isfinite(torch.tensor(float(weight), device='cpu')):
+            factor = _number(weight)
+            if not torch.isfinite(torch.tensor(factor, device='cpu')):
                 raise ValueError(f'weight {weight!r} of node {member!r} is not a finite number')
-            parsed += [(float(weight) * inner, unit) for inner, unit in parse(member, names)]
+            parsed += [(factor * inner, unit) for inner, unit in parse(member, names)]
         return parsed
     if isinstance(node, str):
         return _parse_string(node, names)
@@ -102,6 +104,14 @@ def parse(node: Any, names: Names) -> Parsed:
     except TypeError:
         kinds = 'an index, a name, a dictionary of weights, a callable or a list of these'
         raise ValueError(f'{node!r} is no node: give {kinds}') from None
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # the last but one of a tensor of several
+        return math.nan
 
 
 def _parse_string(text: str, names: Names) -> Parsed:

@@ -3,6 +3,7 @@
 Knows nothing of node names, nor of what the axes of an output mean.
 """
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -196,11 +197,14 @@ def seeded(draw: Callable[..., Tensor], shape: Sequence[int], seed: int) -> Tens
 
 
 def _check_size(size: Any) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, int) else size
-    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
-    if not pair or not all(type(side) is int and side > 0 for side in sides):
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    try:
+        height, width = map(operator.index, pair)  # integers of numpy and torch, too
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
         raise ValueError(f'size {size!r} is not a positive height and width in pixels, such as (224, 224)')
-    return sides[0], sides[1]
+    return height, width
 
 
 def check_model(model: nn.Module) -> None:

@@ -41,6 +41,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             setattr(self, name, plain(value))
+        if isinstance(self.size, (tuple, list)):
+            self.size = tuple(map(plain, self.size))
         fixed = self.reference != 'natural' or self.temperature not in (None, 1) or self.tilt not in (None, 1)
         if self.paper and fixed:
             raise ValueError(f'preset={self.preset!r} fixes reference, temperature and tilt: leave them out')
