@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -15,7 +17,7 @@ from pictures import draw_bars
 from PIL import Image
 from torch import nn
 
-from timm_gencnn import as_generative, blocks, chains, cli, device_data, log_z, reference, train, visualize
+from timm_gencnn import as_generative, blocks, chains, cli, device_data, layouts, log_z, reference, train, visualize
 from timm_gencnn.nodes import receptive_field
 from timm_gencnn.task import GenerativeTask
 from timm_gencnn.validate import noisy
@@ -230,6 +232,24 @@ def test_receptive_fields_are_measured_without_the_fast_convolutions(monkeypatch
     monkeypatch.setattr(torch.autograd, 'grad', noted)
     assert receptive_field(model, '1', size=SIDE) == (5, 5)
     assert not used[-1]
+    assert torch.backends.cudnn.enabled
+
+
+def test_threads_that_measure_receptive_fields_leave_cudnn_on(monkeypatch):
+    times, backward = iter((0.2, 0.4)), layouts.grad
+
+    def slow(*args):
+        time.sleep(next(times))
+        return backward(*args)
+
+    def field(delay):
+        time.sleep(delay)
+        return receptive_field(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), '0', size=SIDE)
+
+    monkeypatch.setattr(torch.backends.cudnn, 'enabled', True)
+    monkeypatch.setattr(layouts, 'grad', slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(field, (0, 0.1))) == [(3, 3)] * 2
     assert torch.backends.cudnn.enabled
 
 

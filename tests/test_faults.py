@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +402,28 @@ def test_files_are_replaced_in_one_step(tmp_path: Path) -> None:
         write_atomically(path, b'new')
         assert reader.read() == b'old' * 1000
     assert path.read_bytes() == b'new'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_that_write_one_file_do_not_tear_it(tmp_path: Path) -> None:
+    path, contents = tmp_path / 'x.html', [bytes([i]) * 300_000 for i in range(4)]
+    write_atomically(path, contents[0])
+
+    def write(data: bytes) -> list[bytes]:
+        seen = []
+        for _ in range(20):
+            write_atomically(path, data)
+            seen.append(path.read_bytes())
+        return seen
+
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(len(contents)) as pool:
+            seen = [data for some in pool.map(write, contents) for data in some]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(data in contents for data in seen)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -261,6 +262,25 @@ def test_warnings_are_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert ['Note', 'a dead unit was restarted'] in json.loads(Page(page.read_text()).blobs[0])['rows']
 
 
+def test_galleries_in_threads_catch_their_own_warnings_and_put_all_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warning(net: nn.Module, node: str, **kwargs: Any) -> Any:
+        time.sleep(0.1 if node == 'conv:0' else 0.3)
+        warnings.warn(f'a word on {node}', stacklevel=1)
+        return visualize(net, node, **kwargs)
+
+    monkeypatch.setattr(room, 'visualize', warning)
+    before = warnings.filters[:], warnings.showwarning
+    nodes = 'conv:0', 'conv:2'
+    with ThreadPoolExecutor(2) as pool:
+        pages = list(pool.map(lambda node: gallery(Net(), node, tmp_path / node[-1], **KWARGS), nodes))
+    assert (warnings.filters[:], warnings.showwarning) == before
+    for page, node in zip(pages, nodes, strict=True):
+        rows = json.loads(Page(page.read_text()).blobs[0])['rows']
+        assert [text for label, text in rows if label == 'Note'] == [f'a word on {node}']
+
+
 def test_all_failed_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of 2 node\(s\) could be drawn.*'nosuch:1'.*unknown layer"):
         gallery(Net(), ['nosuch:1', 'nosuch:2'], tmp_path, **KWARGS)
@@ -479,6 +499,13 @@ def test_damaged_node_is_drawn_again_and_leftovers_are_removed(tmp_path: Path) -
     other = room.file_name('conv:1')
     assert after[other] == before[other]
     assert read_entry(tmp_path / 'images' / name).node == 'conv:0'
+
+
+def test_a_file_that_another_run_finishes_meanwhile_is_no_leftover(tmp_path: Path) -> None:
+    gallery(Net(), 'conv:0', tmp_path, **KWARGS)
+    (tmp_path / 'images' / '.gone.partial').symlink_to('nowhere')  # listed, and then not there
+    gallery(Net(), 'conv:0-1', tmp_path, **KWARGS)
+    assert len(drawn(tmp_path)) == 2
 
 
 LENET = ['gallery', 'gencnn_lenet.vis_mnist', '--nodes', '0-7', '-n', '2', '--steps', '240', '--size', '28']

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -42,6 +43,7 @@ IMAGES = 4  # per node
 PAGE_INTERVAL = 10.0  # seconds between two writes of the page
 PAGE_SHARE = 0.05  # of the time may go into writing the page
 STALE = 3600.0  # seconds after which a half-written file has no writer any more
+_CATCHING = threading.Lock()  # warnings are caught for all threads: two that catch would not put all back as it was
 
 
 def gallery(
@@ -59,7 +61,8 @@ def gallery(
 
     A node that is already in `out` with the same weights and settings is kept, so that a run that was interrupted or
     killed goes on where it was. A node that cannot be drawn is recorded on the page and does not stop the others. The
-    page also shows what earlier calls have drawn into `out` with the same weights and settings.
+    page also shows what earlier calls have drawn into `out` with the same weights and settings. Galleries in several
+    threads take turns, node by node; processes do not.
 
     Args:
         model: A name for `timm.create_model`, the folder of a training run, or any module in eval mode that takes
@@ -214,8 +217,9 @@ class _Folder:
             )
         self.images.mkdir(parents=True, exist_ok=True)
         for partial in self.images.glob('.*.partial'):  # of a run that was killed while it wrote, not of one beside us
-            if time.time() - partial.stat().st_mtime > STALE:
-                partial.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # finished meanwhile
+                if time.time() - partial.stat().st_mtime > STALE:
+                    partial.unlink()
         self.write_page()
 
     def draw(self, net: nn.Module, asked: Sampling, progress: bool) -> None:
@@ -245,7 +249,7 @@ class _Folder:
     def draw_one(self, net: nn.Module, name: str, asked: Sampling) -> Entry:
         """Draws one node and saves it by its file name, or says why not."""
         node = self.wanted[name]
-        with warnings.catch_warnings(record=True) as caught:
+        with _CATCHING, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             try:
                 samples = visualize(net, node, progress=False, **vars(asked))

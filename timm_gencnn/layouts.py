@@ -5,6 +5,7 @@ layer's output depends on one single entry of the last per-channel parameter (bi
 that ran before it. That holds for NCHW, NHWC and token layouts alike, and is read off exact zeros of a gradient.
 """
 
+import threading
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .probes import PROBES, Probe, Tap, class_logits, seeded
 
 LOOK_BACK = 24  # how many parameters to go back for evidence of a channel axis
+_SWITCHING = threading.Lock()  # cuDNN is off for all threads: two that switch it would not put it back as it was
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,12 @@ def measure_receptive_field(result: Probe, tensor: Tensor) -> tuple[int, int]:
     unit = tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2]
     weight = seeded(torch.randn, unit.shape, 2).to(unit)
     cudnn = torch.backends.cudnn
-    enabled, cudnn.enabled = cudnn.enabled, False  # its fast convolutions leave rounding errors in place of zeros
-    try:  # not cudnn.flags, which fails where somebody has set the precision of convolutions alone
-        slope = grad((unit * weight).sum(), result.images)
-    finally:
-        cudnn.enabled = enabled
+    with _SWITCHING:
+        enabled, cudnn.enabled = cudnn.enabled, False  # its fast convolutions leave rounding errors in place of zeros
+        try:  # not cudnn.flags, which fails where somebody has set the precision of convolutions alone
+            slope = grad((unit * weight).sum(), result.images)
+        finally:
+            cudnn.enabled = enabled
     if slope is None or not slope.any():
         return result.images.shape[2], result.images.shape[3]
     seen = (slope != 0).flatten(0, 1).any(0)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,17 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     """Writes a file under a temporary name and renames it, so that no reader and no kill sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    partial = _partial(path)
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other thread, process or machine has for it."""
+    return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.partial')
 
 
 def check_writable(path: str | Path) -> None:
@@ -56,7 +62,7 @@ def check_writable(path: str | Path) -> None:
         OSError: It cannot.
     """
     path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
