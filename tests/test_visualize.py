@@ -19,7 +19,7 @@ from timm_gencnn.networks import frozen
 from timm_gencnn.probes import Tap, exclusive, probe
 from timm_gencnn.reference import Natural, White
 from timm_gencnn.samples import Samples, read_metadata, verdict
-from timm_gencnn.visualize import visualize
+from timm_gencnn.visualize import repeat_settings, visualize
 
 
 class Linear(nn.Module):
@@ -274,6 +274,24 @@ def test_parameters_are_frozen_inside_and_thawed_after_an_error(lenet):
 def test_a_reference_of_ones_own(lenet):
     samples = quick(lenet, 3, reference=Natural((1, 28, 28), [0.5], [0.2], alpha=0.5))
     assert samples.settings['alpha'] == 0.5
+
+
+def test_a_reference_whose_settings_do_not_name_it(tmp_path):
+    """What the Hub's card and `--like` say of it."""
+
+    class Mine(White):
+        name = 'mine'
+
+        def settings(self):
+            return {'sigma': self.sigma}
+
+    model = timm.create_model('test_resnet', num_classes=3).eval()
+    samples = quick(model, 1, reference=Mine((3, 32, 32)))
+    assert samples.settings['reference'] == 'mine'
+    timm_gencnn.push_to_hub(model, 'user/repo', gallery=samples, dry_run=tmp_path / 'card')
+    assert 'reference `mine` (sigma 1)' in (tmp_path / 'card' / 'README.md').read_text()
+    with pytest.raises(ValueError, match="a reference of its own, 'mine': repeat it from Python"):
+        repeat_settings(samples.save(tmp_path / 'a.png'))
 
 
 @pytest.mark.parametrize('side', [28, 9])

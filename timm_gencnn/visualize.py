@@ -131,6 +131,7 @@ def visualize(
         'nodes': [x if isinstance(x, (int, str)) else label for x, label in zip(nodes, score.names, strict=True)],
         'n': settled.n,
         'steps': budget,
+        'reference': getattr(q, 'name', 'unnamed'),
         **q.settings(),
         'temperature': settled.temperature,
         'tilt': settled.tilt,
