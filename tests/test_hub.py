@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hub_client
+import numpy as np
 import pytest
 import timm
 import torch
@@ -100,6 +101,18 @@ def test_push_of_class_names_of_ones_own(tmp_path: Path, classes: int) -> None:
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert loaded.pretrained_cfg.get('label_names') == (['ant', 'bee'] if classes == 2 else None)
     assert model.pretrained_cfg['num_classes'] == 1000  # as it was
+
+
+def test_push_of_results_that_are_numbers_of_numpy_and_torch(tmp_path: Path) -> None:
+    model = timm.create_model('test_resnet', num_classes=2)
+    results = {'test_error': np.float32(1.5), 'nll': torch.tensor(0.25), 'images': np.int64(3)}
+    folder = timm_gencnn.push_to_hub(model, 'alice/net', results=results, dry_run=tmp_path / 'net')
+    measured = json.loads((folder / 'results.json').read_text())['results']
+    assert measured == {'test_error': 1.5, 'nll': 0.25, 'images': 3}
+    assert '| 1.5 |' in (folder / 'README.md').read_text()
+    with pytest.raises(ValueError, match=r'must be numbers, strings and lists, for JSON: .*PosixPath'):
+        timm_gencnn.push_to_hub(model, 'alice/net', recipe={'data': tmp_path}, dry_run=tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()
 
 
 def test_push_of_a_configuration_as_timms_own_object(client: Client, tmp_path: Path) -> None:

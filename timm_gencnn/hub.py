@@ -44,6 +44,7 @@ from .node_lists import expand
 from .registry import PREFIX
 from .runs import load_run, means_run
 from .samples import Samples
+from .sampling import plain
 
 _logger = logging.getLogger(__name__)
 
@@ -238,16 +239,21 @@ def write_folder(
     """Write what `push_to_hub` pushes: model.safetensors, config.json, README.md, results.json and images/.
 
     Raises:
-        ValueError: If the model cannot be rebuilt from a name, or a file would hold what looks like a Hub token.
+        ValueError: If the model cannot be rebuilt from a name, JSON cannot hold the results or the recipe, or a file
+            would hold what looks like a Hub token.
     """
     model = unwrap_model(model)
     architecture = _architecture(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_model(model, folder, {'pretrained_cfg': {'architecture': architecture, 'license': license}}, data_config)
     config = read_config(folder / 'config.json', repo_id)
+    results = {name: plain(value) for name, value in (results or {}).items()}
     if results or recipe:
-        measured = {'results': results or {}, 'recipe': recipe or {}}
-        (folder / 'results.json').write_text(json.dumps(measured, indent=2) + '\n', encoding='utf-8')
+        try:
+            measured = json.dumps({'results': results, 'recipe': recipe or {}}, indent=2)
+        except TypeError as error:
+            raise ValueError(f'results and recipe must be numbers, strings and lists, for JSON: {error}') from None
+        (folder / 'results.json').write_text(measured + '\n', encoding='utf-8')
     card = render_card(
         repo_id,
         config,
