@@ -95,3 +95,7 @@ def test_bad_shapes_are_refused(shape):
 def test_constant_chains_give_nan():
     assert math.isnan(diagnostics.ess(torch.ones(10, 2)))
     assert math.isnan(diagnostics.r_hat(torch.ones(10, 2)))
+    stuck = torch.tensor([0.1, 0.3, 0.7]).repeat(10, 1)  # each at a place of its own
+    assert math.isnan(diagnostics.r_hat(stuck))
+    stuck[5:, 0] += torch.linspace(0, 0.1, 5)
+    assert diagnostics.r_hat(stuck) > 2

@@ -304,6 +304,16 @@ def test_chains_that_cannot_move_are_no_picture_without_a_warning(
     assert sum(d > 0 for d in samples.diagnostics['divergences']) == count
 
 
+@pytest.mark.filterwarnings('ignore:.*hardly more than noise')
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_chains_that_never_moved_are_told_so_also_when_read_back(n: int, tmp_path: Path) -> None:
+    """R-hat was infinite, which JSON does not have, and more steps would not have helped."""
+    samples = quick(Net(), Spoilt(2), n=n, steps=80, temperature=1)
+    assert samples.verdict == 'exact sampling: not converged: the score never changed'
+    path = samples.save(tmp_path / 'a.png')
+    assert Samples.load(path).save(tmp_path / 'b.png').read_bytes() == path.read_bytes()
+
+
 def test_a_few_refused_moves_are_counted_without_a_warning() -> None:
     calls = 0
 

@@ -47,9 +47,11 @@ def r_hat(draws: Tensor) -> float:
         draws: A scalar per draw and chain [draws, chains], at least 4 draws; one chain is split in two.
 
     Returns:
-        R-hat; 1 means that the chains agree, above 1.01 they have not converged. NaN when all draws are equal.
+        R-hat; 1 means that the chains agree, above 1.01 they have not converged. NaN when no chain's draws change.
     """
     draws = split(_check(draws))
+    if (draws == draws[0]).all():
+        return math.nan
     middle = (draws.median() - (-draws).median()) / 2  # torch's median is the lower of the two in the middle
     folded = (draws - middle).abs()
     return torch.maximum(_basic_r_hat(rank_normalize(draws)), _basic_r_hat(rank_normalize(folded))).item()
