@@ -98,7 +98,10 @@ class Streams:
 
 
 def mix_seed(seed: int, chain: int) -> int:
-    """A 63-bit seed for a chain of a run; the multipliers are splitmix64's (Steele et al. 2014)."""
+    """A 63-bit seed for a chain of a run; the multipliers are splitmix64's (Steele et al. 2014).
+
+    torch's generator on the CPU reads its lowest 32 bits: of 100,000 chains one pair, on average, draws the same.
+    """
     mask = (1 << 64) - 1
     x = (seed * 0x9E3779B97F4A7C15 + chain + 1) & mask
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
