@@ -809,6 +809,31 @@ def test_list_nodes(zoo, capsys):
         list_nodes(zoo, 'mpl.*', size=SIZE)
 
 
+class Attentive(nn.Module):
+    """Torch's attention, which takes the weights of its last layer without a call, after tokens of mixed channels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.attention = nn.Conv2d(3, 8, 4, stride=4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).mT
+        return self.drop(self.attention(tokens, tokens, tokens, need_weights=False)[0]).mean(1)
+
+
+def test_layers_behind_weights_of_a_layer_that_is_not_called_have_an_axis():
+    model = Attentive().eval()
+    infos = list_nodes(model, size=SIZE)
+    assert [(info.name, info.layout, info.channels) for info in infos[1:]] == [
+        ('attention', 'NLC', 8), ('drop', 'NLC', 8)
+    ]  # fmt: skip
+    x = images(2)
+    score = resolve(model, ['attention:3', 'drop:3@2'], size=SIZE)
+    torch.testing.assert_close(score(x)[:1], model(x)[:1, 3])
+
+
 def test_layers_behind_a_gain_of_zero_have_an_axis():
     model = timm.create_model('test_nfnet').eval()
     assert not any(gain.any() for name, gain in model.named_parameters() if name.endswith('skipinit_gain'))
@@ -966,6 +991,7 @@ def test_every_module_of_timm_is_in_the_list():
     [
         ('resnet18', 'layer3.1.conv2', 'NCHW'),
         ('swin_t', 'features.3.1', 'NHWC'),
+        ('swin_t', 'features.1.0.attn', 'NHWC'),  # which does not call the layers whose weights it takes
         ('vit_b_32', 'encoder.layers.encoder_layer_5.mlp', 'NLC'),
     ],
 )

@@ -155,12 +155,18 @@ def probe(
     noise = seeded(torch.randn, (PROBES, in_chans, *size), 0)
     result = Probe(model, noise.to(reference).requires_grad_(), stop)
 
-    def enter(own: list[str]) -> Any:
-        return lambda module, args: result.params.extend((module, params[key]) for key in own)
+    rows: dict[str, list[tuple[nn.Module, Tensor]]] = {}  # per-channel parameters of each module itself
 
-    def record(name: str, own: list[str]) -> Any:
+    def enter(name: str) -> Any:
+        return lambda module, args: result.params.extend(rows[name])
+
+    def record(name: str) -> Any:
+        children = [f'{name}.{child}'.lstrip('.') for child, _ in model.get_submodule(name).named_children()]
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            result.params.extend((module, params[key]) for key in own)
+            for own in name, *children:  # torch's attention takes the weights of a child that it does not call
+                if own == name or own not in result.calls:
+                    result.params.extend(rows.get(own, ()))
             calls = result.calls.setdefault(name, [])
             calls.append(Call(module, args[0] if args else None, output, len(result.params)))
             result.order.append(name)
@@ -172,15 +178,14 @@ def probe(
     handles = []
     try:
         for name, module in model.named_modules():
-            own = []
+            rows[name] = []
             for key, p in module.named_parameters(name, recurse=False):
-                rows = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and key.endswith('weight')
-                if key in params and p.is_floating_point() and (p.ndim == 1 or rows) and p.shape[0] > 1:
-                    params[key].requires_grad_()
-                    own.append(key)
-            if own and next(module.children(), None) is not None:  # used before, between or after its children
-                handles.append(module.register_forward_pre_hook(enter(own)))
-            handles.append(module.register_forward_hook(record(name, own)))
+                rowwise = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and key.endswith('weight')
+                if key in params and p.is_floating_point() and (p.ndim == 1 or rowwise) and p.shape[0] > 1:
+                    rows[name].append((module, params[key].requires_grad_()))
+            if rows[name] and next(module.children(), None) is not None:  # used before, between or after its children
+                handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(record(name)))
         with torch.enable_grad(), without_checkpointing(model):  # a backward pass would recompute without the aliases
             functional_call(model, params, (result.images.clone(),))  # a copy: a model may normalise in place
     except StopForward:
