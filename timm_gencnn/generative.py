@@ -42,9 +42,9 @@ class GenerativeMixin(nn.Module):
     """The methods that `as_generative` adds to a classifier.
 
     Attributes:
-        log_z: log Z_y of each class, float32 [num_classes], or None while unknown. A buffer outside the state dict: it
-            travels as the model argument `log_z` in a config.json. It describes the weights it was estimated with, so
-            estimate it again after training or after loading other weights.
+        log_z: log Z_y of each class [num_classes], float32 until the model is converted, or None while unknown. A
+            buffer outside the state dict: it travels as the model argument `log_z` in a config.json. It describes the
+            weights it was estimated with, so estimate it again after training or after loading other weights.
     """
 
     if TYPE_CHECKING:  # torch.jit.script reads the annotations of a class, and knows neither these nor properties

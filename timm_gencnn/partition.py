@@ -35,7 +35,8 @@ def log_z(
 
     Args:
         model: As for `visualize`.
-        node: A single node, as for `visualize`.
+        node: A single node, as for `visualize`, whose f may be another than the model's output: a class behind a last
+            activation is read before it (see `timm_gencnn.nodes`).
         n: Independent chains, at least 2.
         levels: Steps of the tilt from 0 to 1, at least 2; each costs four image gradients per chain.
         reference: As for `visualize`.
