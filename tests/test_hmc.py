@@ -150,22 +150,18 @@ def test_without_a_score_every_proposal_is_accepted():
             assert info.energy_error.abs().max() < 1e-2
 
 
-@pytest.mark.parametrize(('side', 'counted'), [(512, True), (224, False)])
-def test_rounded_rotations_cost_large_images_no_acceptance(side, counted):
+@pytest.mark.parametrize('side', [512, 224])
+def test_rounded_rotations_cost_no_acceptance(side):
     """They stretch by up to 3e-8, and 800,000 coordinates add it up: by as much grows the volume."""
     streams = hmc.Streams(0, range(4))
     zero = lambda z: z.flatten(1).sum(1) * 0  # noqa: E731
     sizes = torch.tensor([0.01, 0.0982, 0.1963, 0.3], dtype=torch.float64)
     state = hmc.init(zero, streams.normal((3, side, side)), streams)
     raised = hmc.hamiltonian(hmc.leapfrog(state, zero, sizes, 8)) - hmc.hamiltonian(state)
-    assert (raised.abs().max() > 0.12) == counted
+    assert raised.abs().max() > 0.12 * (side / 512) ** 2  # else the test says nothing
+    torch.testing.assert_close(raised, hmc.log_volume(sizes, 8, state.z), atol=5e-3, rtol=0)
     _, info = hmc.step(state, zero, streams, sizes, 8)
-    if counted:
-        torch.testing.assert_close(raised, hmc.log_volume(sizes, 8, state.z), atol=5e-3, rtol=0)
-        assert info.acceptance.min() > 0.995
-    else:  # pictures of smaller images are what they were
-        assert not hmc.log_volume(sizes, 8, state.z).any()
-        assert info.acceptance.min() > 0.88
+    assert info.acceptance.min() > 0.995
 
 
 def test_step_sizes_of_large_images_do_not_collapse():
@@ -343,13 +339,13 @@ def test_step_size_adapts_per_chain_to_its_target(target):
     streams = hmc.Streams(2, range(3))
     state = hmc.init(score, 0.1 * streams.normal((50,), torch.float64), streams)
     adapt = hmc.DualAveraging.start(torch.full((3,), 0.1))
-    for _ in range(400):
+    for _ in range(1000):
         state, info = hmc.step(state, score, streams, adapt.step_size, 3)
         adapt = adapt.update(info.acceptance, target)
     frozen = adapt.frozen
     assert frozen[0] > 2 * frozen[1] > 4 * frozen[2]  # each chain has found its own
     acceptance = []
-    for _ in range(300):
+    for _ in range(600):
         state, info = hmc.step(state, score, streams, frozen, 3)
         acceptance.append(info.acceptance)
-    assert (torch.stack(acceptance).mean(0) - target).abs().max() < 0.13  # dual averaging errs on the careful side
+    assert (torch.stack(acceptance).mean(0) - target).abs().max() < 0.1  # dual averaging errs on the careful side
