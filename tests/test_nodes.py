@@ -140,7 +140,7 @@ def hooks(model: nn.Module) -> int:
         ('conv:3', 'conv', lambda t: t[:, 3].mean((1, 2))),
         ('conv:3@2,5', 'conv', lambda t: t[:, 3, 2, 5]),
         ('norm:3', 'norm', lambda t: t[..., 3].mean((1, 2))),
-        ('mlp:3', 'mlp', lambda t: t[..., 3].mean((1, 2))),
+        ('mlp.0:3', 'mlp.0', lambda t: t[..., 3].mean((1, 2))),
         ('nhwc:3@2,5', 'nhwc', lambda t: t[:, 2, 5, 3]),
         ('nchw:3', 'nchw', lambda t: t[:, 3].mean((1, 2))),
         ('nchw:3@2,5', 'nchw', lambda t: t[:, 3, 2, 5]),
@@ -183,6 +183,108 @@ def test_fused_norm_and_activation_is_read_before_the_activation():
     )
     torch.testing.assert_close(resolve(model, f'{layer}:3', size=(64, 64))(x), expected[:, 3].mean((1, 2)))
     assert isinstance(bn.act, nn.ReLU)  # else the test says nothing
+
+
+class Block(nn.Module):
+    """Two convolutions and one ReLU that serves both: the layers of torchvision's residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.relu(self.conv1(x)))
+        out += x
+        return self.relu(out)
+
+
+class Branches(nn.Module):
+    """What activations put out, side by side, with what none did between: as in Inception and SqueezeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 6, 1)
+        self.one = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(inplace=True))
+        self.two = nn.Sequential(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), torch.cat([self.conv(x), self.two(x)], 1)], 1)
+
+
+class Net(nn.Module):
+    """A stem and whatever layers follow it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.layers = nn.Conv2d(3, 8, 1), nn.Sequential(*layers)
+        self.head = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.stem(x)).mean((1, 2, 3))[:, None])
+
+
+def test_blocks_that_return_an_activation_are_read_before_it():
+    torch.manual_seed(0)
+    model, x = Net(Block(), Block()).eval(), images()
+    for node, layer, call in (('layers', 'layers.1.relu', 1), ('layers.0', 'layers.0.relu', 1)):
+        score = resolve(model, f'{node}:3', size=SIZE)
+        before = capture(model, layer, x, before=True, call=call)
+        torch.testing.assert_close(score(x), before[:, 3].mean((1, 2)))
+        assert before[:, 3].lt(0).any()  # else the ReLU does nothing
+        assert (score.names, score.nodes[0].note) == ([f'{node}:3'], 'read before the activation')
+    first = resolve(model, 'layers.0.relu#1:3', size=SIZE)
+    torch.testing.assert_close(first(x), capture(model, 'layers.0.relu', x, before=True)[:, 3].mean((1, 2)))
+    place = resolve(model, 'layers:3@2,5', size=SIZE)
+    torch.testing.assert_close(place(x), capture(model, 'layers.1.relu', x, before=True, call=1)[:, 3, 2, 5])
+
+
+def test_activations_side_by_side_are_read_before_them():
+    torch.manual_seed(0)
+    model, x = Net(Branches()).eval(), images()
+    whole = capture(model, 'layers.0', x)
+    parts = [capture(model, 'layers.0.' + name, x) for name in ('one.0', 'conv', 'two.1')]
+    for channel, (layer, own) in enumerate((k, c) for k, part in enumerate(parts) for c in range(part.shape[1])):
+        score = resolve(model, f'layers.0:{channel}', size=SIZE)
+        torch.testing.assert_close(score(x), parts[layer][:, own].mean((1, 2)))
+        assert torch.allclose(score(x), whole[:, channel].mean((1, 2))) == (layer == 1)
+    with pytest.raises(ValueError, match=r'channel 15 is out of range.* 0 to 14'):
+        resolve(model, 'layers.0:15', size=SIZE)
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [
+        nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1)),
+        nn.Sequential(nn.ReLU(), nn.ChannelShuffle(2)),
+    ],
+)
+def test_what_comes_after_an_activation_is_read_as_it_is(layer):
+    torch.manual_seed(0)
+    model, x = Net(layer).eval(), images()
+    score = resolve(model, 'layers.0:3', size=SIZE)
+    torch.testing.assert_close(score(x), capture(model, 'layers.0', x)[:, 3].mean((1, 2)))
+    assert not score.nodes[0].note
+
+
+def test_a_sum_with_an_activation_is_no_activation():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gelu = nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.gelu(x)
+            out += x  # the same tensor, and the same gradient, but other values
+            return out
+
+    torch.manual_seed(0)
+    model, x = Net(Sum()).eval(), images()
+    score = resolve(model, 'layers.0:3', size=SIZE)
+    torch.testing.assert_close(score(x), capture(model, 'layers.0', x)[:, 3].mean((1, 2)))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(score(x), capture(model, 'layers.0.gelu', x, before=True)[:, 3].mean((1, 2)))
 
 
 def test_calls_of_a_shared_module(zoo):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .probes import PROBES, Probe, Tap, class_logits, seeded
+from .probes import PROBES, Call, Probe, Tap, class_logits, seeded
 
 LOOK_BACK = 24  # how many parameters to go back for evidence of a channel axis
 _SWITCHING = threading.Lock()  # cuDNN is off for all threads: two that switch it would not put it back as it was
@@ -46,16 +46,47 @@ def is_activation(module: nn.Module) -> bool:
     return type(module).__module__ in places and not isinstance(module, (nn.MultiheadAttention, nn.GLU))
 
 
+def activates(call: Call) -> bool:
+    """Whether a call is that of an activation, of a tensor whose shape it keeps."""
+    given, made = call.input, call.output
+    both = isinstance(given, Tensor) and isinstance(made, Tensor)
+    return both and given.shape == made.shape and is_activation(call.module)
+
+
 def preactivation(result: Probe, tap: Tap) -> Tap:
-    """An activation's input in the place of its output; the same inside timm's fused norm + activation layers."""
-    call = result.calls[tap.layer][tap.call]
-    act = getattr(call.module, 'act', None)
-    if type(call.module).__module__.startswith('timm.layers') and 'Norm' in type(call.module).__name__:
-        inner = result.calls.get(f'{tap.layer}.act', [])
-        if isinstance(act, nn.Module) and is_activation(act) and len(inner) == len(result.calls[tap.layer]):
-            return preactivation(result, Tap(f'{tap.layer}.act', tap.call))
-    same = isinstance(call.input, Tensor) and isinstance(call.output, Tensor) and call.input.shape == call.output.shape
-    return replace(tap, input=True) if is_activation(call.module) and same else tap
+    """An activation's input in the place of its output."""
+    return replace(tap, input=True) if activates(result.calls[tap.layer][tap.call]) else tap
+
+
+def activations_in(result: Probe, tap: Tap, layout: Layout) -> list[tuple[Tap, range]]:
+    """Inputs of the activations whose outputs a layer returns, whole or side by side, and its channels that they are.
+
+    Such outputs, unless something worked in place on them, are there with their values, and the gradient of a weighted
+    sum of the layer's output is the weights.
+    """
+    tensor, axis = result.read(tap), layout.axis - layout.windows
+    inside = {
+        Tap(name, number, input=True): call.output
+        for name, calls in result.calls.items()
+        if name.startswith(f'{tap.layer}.')
+        for number, call in enumerate(calls)
+        if activates(call)
+        and call.output.requires_grad
+        and call.output.ndim == tensor.ndim
+        and call.output._version == call.version
+    }
+    if not inside or not tensor.requires_grad:
+        return []
+    weight = seeded(torch.randn, tensor.shape, 3).to(tensor)
+    slopes = torch.autograd.grad((tensor * weight).sum(), list(inside.values()), retain_graph=True, allow_unused=True)
+    found = []
+    for (place, output), slope in zip(inside.items(), slopes, strict=True):
+        width = output.shape[axis]
+        for first in range(tensor.shape[axis] - width + 1) if slope is not None else ():
+            own, values = (t.narrow(axis, first, width) for t in (weight, tensor))
+            if torch.equal(slope, own) and torch.equal(output, values):
+                found.append((place, range(first, first + width)))
+    return found
 
 
 def layout_of(result: Probe, tap: Tap, axis: int | None = None) -> Layout:

@@ -12,18 +12,20 @@
 | a callable                      | its own value: images [n, C, H, W] -> [n]                                   |
 | a list of these                 | one node for each group of contiguous images                                |
 
-The score of an activation module is its input, since a unit behind a ReLU may have no gradient; the same holds for the
-fused norm + activation layers of timm. Any other module's score is its output. Inside windowed attention the positions
-are (window, ...). Knows nothing of sampling.
+The score of an activation module is its input, since a unit behind a ReLU may have no gradient; so is that of any layer
+that returns what an activation module inside it puts out, alone or beside others': fused norm + activation layers, the
+blocks of most residual networks, Inception's and SqueezeNet's. Any other module's score is its output. Inside windowed
+attention the positions are (window, ...). Knows nothing of sampling.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from timm.data.dataset_info import DatasetInfo
 from torch import nn
 
-from .layouts import Layout, class_tap, layout_of, measure_receptive_field, preactivation
+from .layouts import Layout, activations_in, class_tap, layout_of, measure_receptive_field, preactivation
 from .model_config import labels_for
 from .names import Names, Node, Parsed, Unit, class_name, find_class, find_layer, parse, sum_name
 from .probes import Probe, Size, Tap, check_model, probe_for, probe_until
@@ -76,6 +78,7 @@ class _Resolver:
     def __init__(self, model: nn.Module, result: Probe):
         self.model, self.result = model, result
         self.layouts: dict[tuple[Tap, int | None], Layout] = {}
+        self.activations: dict[tuple[Tap, Layout], list[tuple[Tap, range]]] = {}
         self._classes: tuple[Tap, Layout, DatasetInfo | None] | None = None
 
     def layout(self, tap: Tap, axis: int | None = None) -> Layout:
@@ -128,7 +131,17 @@ class _Resolver:
                     f'{unit.text!r}: position {",".join(map(str, unit.position))} is out of range, '
                     f'{unit.layer!r} has positions {" x ".join(map(str, layout.positions)) or "none"} ({layout})'
                 )
-        return Term(tap, layout, unit.channel, unit.position, weight), unit.name
+        return Term(*self.before_activation(tap, layout, unit.channel), unit.position, weight), unit.name
+
+    def before_activation(self, tap: Tap, layout: Layout, channel: int) -> tuple[Tap, Layout, int]:
+        """Where a channel is before the activation inside its layer that puts it out, or where it is."""
+        if (tap, layout) not in self.activations:
+            self.activations[tap, layout] = activations_in(self.result, tap, layout)
+        for place, channels in self.activations[tap, layout]:
+            if channel in channels:
+                shape = (*layout.shape[: layout.axis - 1], len(channels), *layout.shape[layout.axis :])
+                return place, replace(layout, shape=shape), channel - channels.start
+        return tap, layout, channel
 
 
 def places_of(result: Probe, parsed: Iterable[Parsed]) -> dict[str, Tap]:

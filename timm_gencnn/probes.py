@@ -33,6 +33,7 @@ class Call:
     input: Any
     output: Any
     params: int  # how many per-channel parameters had run when this call returned
+    version: int | None  # of the output, when this call returned: what works in place later moves it on
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def probe(
                 if own == name or own not in result.calls:
                     result.params.extend(rows.get(own, ()))
             calls = result.calls.setdefault(name, [])
-            calls.append(Call(module, args[0] if args else None, output, len(result.params)))
+            version = output._version if isinstance(output, Tensor) else None
+            calls.append(Call(module, args[0] if args else None, output, len(result.params), version))
             result.order.append(name)
             if stop == (name, len(calls) - 1):
                 raise StopForward
