@@ -15,6 +15,7 @@ from timm_gencnn.views import (
     PHOTOGRAPHS,
     PLAIN,
     SMALL_PHOTOGRAPHS,
+    SOFT,
     Band,
     Resample,
     Viewer,
@@ -208,9 +209,11 @@ def test_views_and_momenta_draw_different_numbers() -> None:
         ('class', 3, (160, 192), PHOTOGRAPHS),
         ('class', 3, (159, 192), SMALL_PHOTOGRAPHS),
         ('class', 1, (160, 160), PLAIN),
-        ('layer', 3, (160, 160), PLAIN),
-        ('sum', 3, (160, 160), PLAIN),
-        ('callable', 3, (160, 160), PLAIN),
+        ('layer', 3, (160, 192), SOFT),
+        ('layer', 3, (159, 192), PLAIN),
+        ('layer', 1, (160, 160), PLAIN),
+        ('sum', 3, (160, 160), SOFT),
+        ('callable', 3, (160, 160), SOFT),
     ],
 )
 def test_only_classes_of_colour_images_are_cropped_mirrored_and_shrunk(

@@ -82,7 +82,7 @@ def visualize(
         temperature: T > 0; None is the gallery default.
         tilt: Factor on the score, > 0; None is 1 at `temperature=1`, else automatic: each chain's is the one at which
             the score asks for images as far from the mean as the reference's own, or half as far for classes of colour
-            images (`diagnostics['tilt']` has them).
+            images and anything in large ones (`diagnostics['tilt']` has them).
         size: Image side or (height, width) in pixels; None is that of a reference of one's own, else the model's own
             or, for channels of early convolutions alone, one and a half times their receptive field.
         seed: Non-negative integer; the same seed gives the same pixels on the same machine (on a GPU only as far as its

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument('--tool', choices=['ours', 'lucent'], default='ours')
     parser.add_argument('--units', type=int, default=32, help='every C/N-th channel of the layer')
     parser.add_argument('--steps', type=int, default=512)
-    parser.add_argument('--size', type=int, default=128)
+    parser.add_argument('--size', type=int, default=160)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--out', help='PNG of all pictures')
