@@ -25,7 +25,7 @@ LAYERS = {
     'alexnet_small': ('conv2', 'conv4', 'fc6'),
     'resnet10_w16': ('stages.0', 'stages.1', 'stages.2'),
     'resnet11_w64': ('stages.0#1', 'stages.1#1', 'stages.2#1'),  # of the image, not of its mirror image
-    'resnet10_w32_s2': ('stages.0.0.act', 'stages.1.0.act', 'stages.2.0.act'),  # their inputs: units after can be dead
+    'resnet10_w32_s2': ('stages.0', 'stages.1', 'stages.2'),
 }
 UNITS, PER_UNIT = 8, 4
 
