@@ -103,8 +103,8 @@ def start(
             z[i] = own[i].normal(shape)[0]
     raise StartError(
         f'the gradient of the score stayed zero on {int(dead.sum())} of {len(dead)} images after {tries} restarts: '
-        'the unit is dead on the reference, or has no weights at all. Name the layer before what cuts it off, such as a '
-        "ReLU, or try another reference ('white', 'natural')",
+        'the unit is dead on the reference, or has no weights at all. Name the layer before what cuts it off (a ReLU), '
+        "or try another reference ('white', 'natural')",
         dead.nonzero()[:, 0].tolist(),
     )
 
