@@ -936,6 +936,29 @@ def test_layers_behind_weights_of_a_layer_that_is_not_called_have_an_axis():
     torch.testing.assert_close(score(x)[:1], model(x)[:1, 3])
 
 
+def test_a_table_that_was_kept_under_inference_mode_does_not_stop_a_probe():
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.inference_mode():
+                self.kept = torch.randn(1, 8, 1, 1)
+
+        def forward(self) -> Tensor:
+            return self.kept
+
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.act = Table(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x + self.table())
+
+    model, x = Net(Shift()).eval(), images()
+    before = capture(model, 'layers.0.act', x, before=True)
+    torch.testing.assert_close(resolve(model, 'layers.0:3', size=SIZE)(x), before[:, 3].mean((1, 2)))
+
+
 def test_layers_behind_a_gain_of_zero_have_an_axis():
     model = timm.create_model('test_nfnet').eval()
     assert not any(gain.any() for name, gain in model.named_parameters() if name.endswith('skipinit_gain'))

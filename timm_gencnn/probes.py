@@ -169,7 +169,8 @@ def probe(
                 if own == name or own not in result.calls:
                     result.params.extend(rows.get(own, ()))
             calls = result.calls.setdefault(name, [])
-            version = output._version if isinstance(output, Tensor) else None
+            counted = isinstance(output, Tensor) and not output.is_inference()  # as of a table that is kept
+            version = output._version if counted else None
             calls.append(Call(module, args[0] if args else None, output, len(result.params), version))
             result.order.append(name)
             if stop == (name, len(calls) - 1):
