@@ -20,6 +20,7 @@ from timm_gencnn.views import (
     Resample,
     Viewer,
     Views,
+    is_current,
     resampling,
     views_of,
 )
@@ -220,6 +221,27 @@ def test_only_classes_of_colour_images_are_cropped_mirrored_and_shrunk(
     kind: str, channels: int, size: tuple[int, int], views: Views
 ) -> None:
     assert views_of(kind, channels, size) == views
+
+
+@pytest.mark.parametrize(
+    ('channels', 'size', 'views', 'current'),
+    [
+        (3, (160, 160), PLAIN, False),  # as units of that size were drawn at first
+        (3, (160, 160), SOFT, True),
+        (3, (96, 96), PLAIN, True),
+        (3, (96, 96), SOFT, False),
+        (1, (160, 160), PLAIN, True),
+        (1, (160, 160), PHOTOGRAPHS, False),
+        (None, (160, 160), PLAIN, True),
+        (None, (160, 160), SMALL_PHOTOGRAPHS, False),
+    ],
+)
+def test_only_views_of_this_size_and_these_channels_are_current(
+    channels: int | None, size: tuple[int, int], views: Views, current: bool
+) -> None:
+    settings = {'regime': 'gallery', 'size': list(size), 'views': [views._asdict()]}
+    settings |= {'schedule': chains.Schedule()._asdict()} | ({'mean': [0.5] * channels} if channels else {})
+    assert is_current(settings) == current
 
 
 class Stripes(nn.Module):

@@ -86,7 +86,8 @@ def is_current(settings: Mapping[str, Any]) -> bool:
     """
     if settings.get('regime') != 'gallery':
         return True
-    known = [PLAIN._asdict()] + [views_of(kind, 3, settings['size'])._asdict() for kind in ('class', 'layer')]
+    channels = [len(settings['mean'])] if 'mean' in settings else [1, 3]  # white noise does not tell
+    known = [views_of(kind, c, settings['size'])._asdict() for c in channels for kind in ('class', 'layer')]
     views = [Views()._asdict() | law for law in settings.get('views') or ()]  # the first were not shrunk, nor said so
     return bool(views) and all(v in known for v in views) and settings.get('schedule') == chains.Schedule()._asdict()
 
