@@ -97,6 +97,17 @@ def test_like_refuses_what_it_cannot_repeat(tmp_path, capsys):
         assert not (tmp_path / 'y.png').exists()
 
 
+def test_like_refuses_a_unit_that_is_now_read_elsewhere(tmp_path, capsys):
+    samples = timm_gencnn.visualize('gencnn_resnet10_w16', 'stages.0:3', n=1, steps=8, progress=False)
+    again = ['visualize', '--like', str(tmp_path / 'a.png'), '--out', str(tmp_path / 'b.png')]
+    samples.save(tmp_path / 'a.png')
+    assert cli.main(again) == 0
+    assert samples.settings['notes'].pop() == 'read before the activation'  # as before blocks were
+    samples.save(tmp_path / 'a.png')
+    assert cli.main(again) == 2
+    assert 'where its units are read would differ' in capsys.readouterr().err
+
+
 def test_like_takes_the_same_network_by_another_name(tmp_path, capsys):
     """The cards name the repository that they are for, which not everybody can reach."""
     samples = timm_gencnn.visualize(LENET, 3, n=1, steps=8, progress=False)

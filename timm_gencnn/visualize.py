@@ -244,6 +244,11 @@ def _check_kwargs(args: argparse.Namespace, old: dict[str, Any], model: str) -> 
         )
 
 
+def _early(settings: dict[str, Any]) -> int:
+    """How many nodes of a picture were read before an activation, which the first versions did less often."""
+    return sum('read before the activation' in note for note in settings.get('notes', ()))
+
+
 def main(args: argparse.Namespace) -> None:
     """Runs `gencnn visualize`."""
     if not args.out.lower().endswith('.png'):
@@ -282,6 +287,8 @@ def main(args: argparse.Namespace) -> None:
         untold = 'model', 'model_kwargs', 'versions', 'notes', 'request'  # the last is a gallery's
         told = [k for k in old | new if k not in untold]
         differing = [k for k in told if old.get(k) != new.get(k)]
+        if _early(old) != _early(new):
+            differing.append('where its units are read')
         if differing:
             raise ValueError(f'{args.like!r} cannot be repeated from here: {", ".join(differing)} would differ')
     samples.save(args.out)
