@@ -1,4 +1,4 @@
-"""A folder of easy pictures to train on."""
+"""Folders of easy pictures, to train on and to validate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,3 +21,12 @@ def draw_bars(root: Path, counts: dict[str, Sequence[int]], noise: int, bar: int
                 pixels[:, 4 + 8 * c : 8 + 8 * c] += bar
                 Image.fromarray(pixels).save(folder / f'{i}.png')
     return root
+
+
+def write_wide_image(root: Path) -> None:
+    """A wide picture root/validation/0/0.png with a bright left end, which a crop cuts off and a squash keeps."""
+    pixels = np.zeros((28, 84), dtype=np.uint8)
+    pixels[:, :20] = 255
+    folder = root / 'validation/0'
+    folder.mkdir(parents=True)
+    Image.fromarray(pixels).save(folder / '0.png')

@@ -22,7 +22,7 @@ import timm.utils.summary
 import torch
 import torch.multiprocessing as mp
 import yaml
-from pictures import SIZE, draw_bars
+from pictures import SIZE, draw_bars, write_wide_image
 from PIL import Image
 from ranks import assert_no_gloo_thread, become_rank, unused_port
 from safetensors.torch import load_file
@@ -571,11 +571,8 @@ def test_a_stream_of_unlabeled_images_is_shuffled_and_needs_no_labels(images, pa
 
 
 def test_validation_crops_images_as_the_network_wants_them(tmp_path):
-    """As `gencnn validate` does: a wide image with a bright left end, kept by a network that squashes its images."""
-    pixels = np.zeros((28, 84), dtype=np.uint8)
-    pixels[:, :20] = 255
-    (tmp_path / 'validation/0').mkdir(parents=True)
-    Image.fromarray(pixels).save(tmp_path / 'validation/0/0.png')
+    """As `gencnn validate` does."""
+    write_wide_image(tmp_path)
     for mode, bright in (('center', False), ('squash', True)):
         model = timm.create_model('gencnn_lenet', pretrained_cfg_overlay={'crop_mode': mode})
         config = resolve_input_data_config(model, {})

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from datasets import Dataset
+from pictures import write_wide_image
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from timm.data import resolve_data_config
@@ -162,11 +163,7 @@ def test_published_weights_see_images_of_the_published_test_size(folder):
 
 
 def test_images_are_cropped_as_the_network_wants_them(tmp_path):
-    """A wide image with a bright left end: cut off from the middle, kept by a network that squashes its images."""
-    pixels = np.zeros((28, 84), dtype=np.uint8)
-    pixels[:, :20] = 255
-    (tmp_path / 'validation/0').mkdir(parents=True)
-    Image.fromarray(pixels).save(tmp_path / 'validation/0/0.png')
+    write_wide_image(tmp_path)
     for mode, bright in (('center', False), ('squash', True)):
         model = timm.create_model('gencnn_lenet', pretrained_cfg_overlay={'crop_mode': mode})
         config = resolve_data_config({}, model=model)
