@@ -360,7 +360,8 @@ def test_a_class_drawn_by_the_views_of_another_size_is_refused_before_it_is_draw
     """Such as one of 160 pixels from before views were shrunk."""
     picture = visualize(LENET, 3, n=1, steps=8, progress=False)
     for law in PHOTOGRAPHS, SMALL_PHOTOGRAPHS:
-        picture.settings |= {'size': [side, 200], 'views': [law._asdict(), PLAIN._asdict()]}
+        unit = views_of('layer', 3, (side, 200))  # beside it, drawn as units of that size are
+        picture.settings |= {'size': [side, 200], 'mean': [0.5] * 3, 'views': [law._asdict(), unit._asdict()]}
         path = str(picture.save(tmp_path / 'a.png'))
         with nullcontext() if law is views else pytest.raises(ValueError, match='drawn by another schedule'):
             assert repeat_settings(path)['views'][0] == views._asdict()
