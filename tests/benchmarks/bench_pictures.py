@@ -33,27 +33,38 @@ def normalize(pixels):
     return T.functional.normalize(pixels, MEAN, STD)
 
 
-def real_images(size):
+def photographs(size):
+    """The real images of ImageNet, one of each class [1000, 3, size, size]."""
     rows = datasets.load_dataset(str(SHARED / 'data/imagenet_1_per_class'), split='validation').sort('label')
     transform = T.Compose([T.Resize(round(size / 0.875)), T.CenterCrop(size), T.ToTensor()])
-    return torch.stack([transform(rows[c]['image'].convert('RGB')) for c in CLASSES])
+    return torch.stack([transform(row['image'].convert('RGB')) for row in rows])
 
 
-def ours(model, classes, args):
-    """One call a class, so that the pictures of a class do not depend on which others are asked for."""
+def networks():
+    """SqueezeNet and MobileNet, and the features that each gives of normalised images [n, F]."""
+    sys.path.insert(0, str(SHARED / 'networks'))
+    module = importlib.import_module('networks')
+    squeezenet, mobilenet = module.squeezenet(), module.mobilenet_v1()
+    return {
+        squeezenet: lambda x: squeezenet.features(x).mean((2, 3)),
+        mobilenet: lambda x: mobilenet.blocks(mobilenet.stem(x)).mean((2, 3)),
+    }
+
+
+def ours(model, nodes, args):
+    """One call a node, so that its pictures do not depend on which others are asked for."""
     import timm_gencnn
 
-    draw = lambda c: timm_gencnn.visualize(model, c, n=args.n, steps=args.steps, size=args.size, seed=args.seed)  # noqa: E731
-    return torch.cat([draw(c).images for c in classes])
+    draw = lambda node: timm_gencnn.visualize(model, node, n=args.n, steps=args.steps, size=args.size, seed=args.seed)  # noqa: E731
+    return torch.cat([draw(node).images for node in nodes])
 
 
-def lucent(model, classes, args):
+def lucent(model, layer, channels, args):
     """Its defaults: FFT parameterisation, decorrelated colours, standard transforms."""
     from lucent.optvis import objectives, param, render
 
-    layer = 'classifier_1' if hasattr(model, 'classifier') else 'head'  # SqueezeNet's before its ReLU
     pictures = []
-    for c in classes:
+    for c in channels:
         torch.manual_seed(args.seed)
         image = lambda: param.image(args.size, batch=args.n)  # noqa: E731
         out = render.render_vis(
@@ -79,25 +90,21 @@ def main() -> None:
     parser.add_argument('--out', help='PNG of all pictures')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sys.path.insert(0, str(SHARED / 'networks'))
-    networks = importlib.import_module('networks')
-    model, judge = networks.squeezenet(), networks.mobilenet_v1()
+    features = networks()
+    model, judge = features
     scores = {  # of a picture for each class: SqueezeNet's before its ReLU
         model: lambda x: model.classifier[1](model.features(normalize(x))).mean((2, 3)),
         judge: lambda x: judge(normalize(x)),
-    }
-    features = {
-        model: lambda x: model.features(normalize(x)).mean((2, 3)),
-        judge: lambda x: judge.blocks(judge.stem(normalize(x))).mean((2, 3)),
     }
     drawn, asked = (judge, model) if args.swap else (model, judge)
     chosen = list(range(0, 40, 40 // args.classes))[: args.classes]
     classes = [CLASSES[i] for i in chosen]
 
     began = time.process_time()
-    pixels = (ours if args.tool == 'ours' else lucent)(drawn, classes, args)
+    layer = 'head' if args.swap else 'classifier_1'  # SqueezeNet's before its ReLU
+    pixels = ours(drawn, classes, args) if args.tool == 'ours' else lucent(drawn, layer, classes, args)
     seconds = (time.process_time() - began) / len(pixels)
-    real = real_images(args.size)
+    real = photographs(args.size)[CLASSES]
     labels = torch.tensor(classes).repeat_interleave(args.n)
     with torch.no_grad():
         own = scores[drawn](pixels).gather(1, labels[:, None])[:, 0]
@@ -106,7 +113,7 @@ def main() -> None:
         above = (usual < own).float().mean()
         logits = asked(normalize(pixels))
         rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-        feature = features[asked]
+        feature = lambda x: features[asked](normalize(x))  # noqa: E731
         within = torch.stack([torch.pdist(f).mean() for f in feature(pixels).split(args.n)])  # NaN for one a class
         variety = within.mean() / torch.pdist(feature(real)).mean()
     saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()

@@ -9,44 +9,20 @@ excite it most. A picture of the unit should look like these to a network that n
 (../shared/networks) gives the features of each picture and the mean features of the 20 photographs of each of the units
 asked for, both less their means over the units, and ranks the units by the cosine between them: the share of pictures
 whose own unit is first, and among the first five. The same for one photograph, the 21st, in place of the picture.
+Also the share of all units of the layer whose activation is zero all over six images of the reference: dead behind it.
 """
 
 import argparse
-import importlib
-import sys
 import time
 
-import datasets
 import torch
-from bench_pictures import SHARED, normalize
+from bench_pictures import MEAN, STD, lucent, networks, normalize, ours, photographs
 from torch.nn.functional import normalize as unit
-from torchvision import transforms as T
 from torchvision.utils import save_image
 
+from timm_gencnn.reference import Natural
+
 SHOWN = 20  # photographs that stand for a unit
-
-
-def ours(model, layer, channels, args):
-    """One call a unit, so that its pictures do not depend on which others are asked for."""
-    import timm_gencnn
-
-    draw = lambda c: timm_gencnn.visualize(model, f'{layer}:{c}', n=1, steps=args.steps, size=args.size, seed=args.seed)  # noqa: E731
-    return torch.cat([draw(c).images for c in channels])
-
-
-def lucent(model, layer, channels, args):
-    """Its defaults: FFT parameterisation, decorrelated colours, standard transforms."""
-    from lucent.optvis import objectives, param, render
-
-    pictures = []
-    for c in channels:
-        torch.manual_seed(args.seed)
-        out = render.render_vis(
-            model, objectives.channel(layer.replace('.', '_'), c), lambda: param.image(args.size, batch=1),
-            thresholds=(args.steps,), fixed_image_size=args.size, show_image=False, progress=False,
-        )  # fmt: skip
-        pictures.append(torch.from_numpy(out[-1]).permute(0, 3, 1, 2))
-    return torch.cat(pictures)
 
 
 @torch.no_grad()
@@ -74,13 +50,9 @@ def main() -> None:
     parser.add_argument('--out', help='PNG of all pictures')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sys.path.insert(0, str(SHARED / 'networks'))
-    networks = importlib.import_module('networks')
-    squeezenet, mobilenet = networks.squeezenet(), networks.mobilenet_v1()
-    features = {
-        squeezenet: lambda x: squeezenet.features(x).mean((2, 3)),
-        mobilenet: lambda x: mobilenet.blocks(mobilenet.stem(x)).mean((2, 3)),
-    }
+    args.n = 1
+    features = networks()
+    squeezenet, mobilenet = features
     model, other = (mobilenet, squeezenet) if args.net == 'mobilenet' else (squeezenet, mobilenet)
     seen = {}
     module = model.get_submodule(args.layer)
@@ -90,18 +62,19 @@ def main() -> None:
         model(images)
         return seen['means']
 
-    rows = datasets.load_dataset(str(SHARED / 'data/imagenet_1_per_class'), split='validation').sort('label')
-    transform = T.Compose([T.Resize(round(args.size / 0.875)), T.CenterCrop(args.size), T.ToTensor()])
-    photographs = torch.stack([transform(row['image'].convert('RGB')) for row in rows])
-    excited = in_batches(activations, photographs)
-    looks = in_batches(features[other], photographs)
+    real = photographs(args.size)
+    excited = in_batches(activations, real)
+    looks = in_batches(features[other], real)
     mean, spread = looks.mean(0), looks.std(0) + 1e-6
     looks = (looks - mean) / spread
     channels = [i * excited.shape[1] // args.units for i in range(args.units)]
     best = excited[:, channels].topk(SHOWN + 1, dim=0).indices.T  # [K, SHOWN + 1]
 
     began = time.process_time()
-    pixels = (ours if args.tool == 'ours' else lucent)(model, args.layer, channels, args).float()
+    if args.tool == 'ours':
+        pixels = ours(model, [f'{args.layer}:{c}' for c in channels], args)
+    else:
+        pixels = lucent(model, args.layer.replace('.', '_'), channels, args)
     seconds = (time.process_time() - began) / len(pixels)
     pictures = (in_batches(features[other], pixels) - mean) / spread
     strength = in_batches(activations, pixels)[range(args.units), channels] / excited[:, channels].amax(0)
@@ -115,6 +88,10 @@ def main() -> None:
         f'{args.net} {args.layer}, {args.steps} gradients, {args.size} px: activation {strength.median():.1f} x '
         f'the most of 1000 photographs, saturated {100 * saturated:.1f} %, {seconds:.0f} CPU s a picture'
     )
+    z = torch.randn(6, 3, args.size, args.size, generator=torch.Generator().manual_seed(args.seed))
+    noise = Natural(z.shape[1:], MEAN, STD).pixels(z)
+    dead = (in_batches(activations, noise) == 0).all(0).float().mean()
+    print(f'{100 * dead:.0f} % of {len(excited[0])} units are dead on six images of the reference')
     if args.out:
         save_image(pixels, args.out, nrow=8)
 
