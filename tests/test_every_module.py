@@ -19,8 +19,10 @@ from timm_gencnn.views import Views
 from timm_gencnn.visualize import visualize
 
 # Untrained networks whose score changes its mind within one move of a chain (`check_rough`): the gradient is right
-# (`check_uphill`), but there is nowhere to rise to. Of all others at least one node does.
+# (`check_uphill`), but the moves are too coarse to follow it. Of all others at least one node rises.
 ROUGH = {'dpn48b', 'hardcorenas_b', 'inception_v4', 'pnasnet5large'}
+NEARLY_ROUGH = {'efficientvit_m0'}  # it gains 0.1 and 0.3 of the promise, and rises on some processors only
+FINER = 0.1  # the share of a chain's usual move by which all of these rise
 GALLERY_STEPS = 40
 EXACT_STEPS = 65  # the smallest budget that the exact regime takes
 SMALLER: dict[str, dict[str, Any]] = {  # where even the smallest architecture is needlessly slow
@@ -127,21 +129,23 @@ def check_rough(model: nn.Module, node: Any, size: tuple[int, int]) -> None:
     assert (gain(f, z, step) / (step * grad).flatten(1).sum(1)).mean() < 0.1
 
 
-def still(model: nn.Module, node: Any, size: tuple[int, int]) -> Tensor:
+def still(model: nn.Module, node: Any, size: tuple[int, int], share: float = 1.0) -> Tensor:
     """Final scores of two gallery chains that are shown their plain images instead of random views."""
+    views = Views(shift=0.0, move=share * chains.MOVE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules['timm_gencnn.visualize'], 'views_of', lambda *_: Views(shift=0.0))
+        patch.setattr(sys.modules['timm_gencnn.visualize'], 'views_of', lambda *_: views)
         samples = visualize(model, node, n=2, size=size, steps=GALLERY_STEPS, progress=False)
     return torch.tensor(samples.diagnostics['score'])
 
 
-def check_gallery(model: nn.Module, nodes: list[Any], size: tuple[int, int]) -> list[float]:
+def check_gallery(model: nn.Module, nodes: list[Any], size: tuple[int, int], share: float = 1.0) -> list[float]:
     """Each node alone, from the same noise: what differs between their images is the nodes' doing.
 
     Returns:
         How far each score rises above that of the same noise cooled without a score (a smooth image, whose score may be
         far from the reference's), in units of its spread over the reference, when the chains are shown still images: an
         untrained network's score says other things of other views, and its mean over them may have nowhere to rise to.
+        Their moves are this share of the usual ones.
     """
     images, rises = [], []
     for node in nodes:
@@ -152,7 +156,7 @@ def check_gallery(model: nn.Module, nodes: list[Any], size: tuple[int, int]) -> 
         score = resolve(model, node, size=size)
         with torch.no_grad():
             scores, unpulled = score(noise(model, size, 8)), score(plain)
-        rises.append(((still(model, node, size) - unpulled).mean() / scores.std()).item())
+        rises.append(((still(model, node, size, share) - unpulled).mean() / scores.std()).item())
         check_uphill(model, node, size, scores.std())
         images.append(samples.images)
     assert ((images[0] - images[1]).flatten(1).abs().amax(1) > 0.05).all()
@@ -187,12 +191,11 @@ def check_module(name: str) -> None:
     model, size = smallest(name)
     awake(model, size)
     nodes = [1, alive_node(model, size)]
-    rises = check_gallery(model, nodes, size)
+    rises = check_gallery(model, nodes, size, FINER if name in ROUGH | NEARLY_ROUGH else 1.0)
+    assert max(rises) > 1, rises
     if name in ROUGH:
         for node in nodes:
             check_rough(model, node, size)
-    else:
-        assert max(rises) > 1, rises
     check_exact(model, nodes, size)
 
 
