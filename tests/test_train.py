@@ -2,10 +2,12 @@
 
 import argparse
 import csv
+import errno
 import importlib.machinery
 import importlib.util
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -320,6 +322,52 @@ def test_a_full_disk_loses_nothing(images, tmp_path, capsys, monkeypatch, more, 
     assert f'the last good checkpoint is {tmp_path}/run/{kept}.pth.tar; make room' in error
     assert not (tmp_path / f'run/{unfinished}.pth.tar').exists()
     assert torch.load(tmp_path / f'run/{kept}.pth.tar', weights_only=False)['epoch'] == 0
+
+
+@pytest.mark.parametrize(
+    ('epoch', 'torn', 'kept'),
+    [(0, 'epoch,tra', 'no checkpoint was written yet'), (2, '2,0.3', 'the last good checkpoint is {}/checkpoint-1')],
+)
+def test_a_full_disk_leaves_no_half_row_in_the_summary(
+    images, straight, tmp_path, capsys, monkeypatch, epoch, torn, kept
+):
+    update = timm.utils.update_summary
+
+    def full(at: int, train_metrics, eval_metrics, filename: str, **kwargs) -> None:
+        if at < epoch:
+            return update(at, train_metrics, eval_metrics, filename, **kwargs)
+        with open(filename, 'a') as file:
+            file.write(torn)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.utils, 'update_summary', full)
+        error = failure(capsys, flags(images, tmp_path, *FULL))
+    assert f'cannot write epoch {epoch} to {tmp_path}/run/summary.csv ([Errno 28] No space left on device)' in error
+    assert kept.format(tmp_path / 'run') in error
+    assert error.endswith('; make room and go on with --resume auto')
+    lines = (straight / 'summary.csv').read_text().splitlines()
+    assert (tmp_path / 'run/summary.csv').read_text().splitlines() == (lines[: epoch + 1] if epoch else [])
+    assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto')) == 0
+    assert (tmp_path / 'run/summary.csv').read_text().splitlines() == lines
+    assert same(weights(tmp_path / 'run/last.pth.tar'), weights(straight / 'last.pth.tar'))
+
+
+def test_a_full_disk_at_the_start_of_a_resumed_run_keeps_its_summary(images, straight, tmp_path, capsys, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shutil.copytree(straight, tmp_path / 'run')
+    names = {path.name for path in straight.iterdir()}
+    argv = flags(images, tmp_path, *FULL, '--resume', f'{tmp_path}/run/checkpoint-1.pth.tar')
+    with monkeypatch.context() as patch:
+        patch.setattr(timm.utils.summary.csv, 'writer', full)
+        error = failure(capsys, argv)
+    assert f'cannot write to {tmp_path}/run: [Errno 28] No space left on device' in error
+    assert (tmp_path / 'run/summary.csv').read_text() == (straight / 'summary.csv').read_text()
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == names
+    assert cli.main(argv) == 0
+    assert (tmp_path / 'run/summary.csv').read_text() == (straight / 'summary.csv').read_text()
 
 
 @pytest.mark.parametrize(
@@ -1022,10 +1070,12 @@ def test_only_a_process_group_of_its_own_is_destroyed(monkeypatch, before):
     assert len(destroyed) == (not before)
 
 
+# At so small a rate no epoch errs less, and each halves it.
+PLATEAU = ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--phase', 'DG', '--lr', '1e-6']
+
+
 def test_a_resumed_plateau_schedule_goes_on(images, tmp_path, capsys):
-    """At so small a rate no epoch errs less, and each halves it."""
-    more = ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--phase', 'DG', '--lr', '1e-6']
-    more += ['--epochs', '5', '--warmup-epochs', '0', '--checkpoint-hist', '9']
+    more = [*PLATEAU, '--epochs', '5', '--checkpoint-hist', '9']
     assert cli.main(flags(images, tmp_path / 'straight', *more)) == 0
     rates = [float(row['lr']) for row in csv.DictReader((tmp_path / 'straight/run/summary.csv').open())]
     assert rates[-1] < rates[2] < rates[0]  # so that there is something to restore
@@ -1042,6 +1092,27 @@ def test_a_resumed_plateau_schedule_goes_on(images, tmp_path, capsys):
     error = failure(capsys, flags(images, tmp_path / 'resumed', *more, '--resume', str(checkpoint)))
     assert 'goes by the validations before' in error
     assert 'summary.csv' in error
+
+
+@pytest.mark.parametrize(('module', 'name'), [(train.utils, 'update_summary'), (train.checkpoints, 'save')])
+def test_a_plateau_schedule_goes_on_after_a_kill_between_summary_and_checkpoint(
+    images, tmp_path, monkeypatch, module, name
+):
+    """Whichever comes first: the other one of that epoch is missing."""
+    argv, original, calls = flags(images, tmp_path, *PLATEAU), getattr(module, name), [0]
+
+    def dying(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dying)
+        with pytest.raises(Killed):
+            cli.main(argv)
+    assert cli.main([*argv, '--resume', 'auto']) == 0
+    assert [float(row['lr']) for row in rows(tmp_path / 'run')] == pytest.approx([1e-6, 1e-6, 5e-7, 2.5e-7])
 
 
 def test_warns_of_classes_that_the_data_set_lacks(images, tmp_path, caplog):

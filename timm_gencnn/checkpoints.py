@@ -1,11 +1,14 @@
-"""Checkpoints of `gencnn train` on disk: find the newest whole one, and save without losing the last."""
+"""Checkpoints and summary of `gencnn train` on disk: find the newest whole one, and write without losing the last."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from timm import utils
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
@@ -48,7 +51,8 @@ def save(saver: CheckpointSaver, epoch: int, metric: float | None) -> None:
     Raises:
         OSError: It could not be written, for example because the disk is full.
     """
-    with _last_one_kept(saver, 'tmp', f'the checkpoint of epoch {epoch}'):
+    unfinished = Path(saver.checkpoint_dir, f'tmp{saver.extension}')
+    with _last_one_kept(saver, f'the checkpoint of epoch {epoch}', unfinished.unlink):
         saver.save_checkpoint(epoch, metric)
 
 
@@ -58,16 +62,46 @@ def save_recovery(saver: CheckpointSaver, epoch: int, batch: int) -> None:
     Raises:
         OSError: It could not be written, for example because the disk is full.
     """
-    with _last_one_kept(saver, 'recovery_tmp', f'the recovery checkpoint of epoch {epoch}, batch {batch}'):
+    unfinished = Path(saver.recovery_dir, f'recovery_tmp{saver.extension}')
+    with _last_one_kept(saver, f'the recovery checkpoint of epoch {epoch}, batch {batch}', unfinished.unlink):
         saver.save_recovery(epoch, batch)
 
 
 @contextmanager
-def _last_one_kept(saver: CheckpointSaver, unfinished: str, what: str) -> Iterator[None]:
+def whole_summary(saver: CheckpointSaver, summary: Path, epoch: int) -> Iterator[None]:
+    """Within it an epoch is added to a run's summary.csv; on failure that is as it was, without half a row.
+
+    To be followed by `save`: a resumed run drops the row of an epoch that has no checkpoint and writes it again,
+    whereas a plateau schedule cannot go on from a checkpoint whose row is missing.
+
+    Raises:
+        OSError: It could not be written, for example because the disk is full.
+    """
+    size = summary.stat().st_size if summary.exists() else 0
+    with _last_one_kept(saver, f'epoch {epoch} to {summary}', lambda: os.truncate(summary, size)):
+        yield
+
+
+def trim_summary(summary: Path, epoch: int) -> None:
+    """timm's trim_summary in one step, so that neither a kill nor a full disk loses the rows before the epoch."""
+    if not summary.exists():
+        return
+    trimmed = summary.with_name('tmp.csv')
+    try:
+        shutil.copyfile(summary, trimmed)
+        utils.trim_summary(str(trimmed), epoch)
+        os.replace(trimmed, summary)
+    finally:
+        trimmed.unlink(missing_ok=True)
+
+
+@contextmanager
+def _last_one_kept(saver: CheckpointSaver, what: str, undo: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        Path(saver.checkpoint_dir, f'{unfinished}{saver.extension}').unlink(missing_ok=True)
+        with suppress(OSError):  # there is nothing to undo, or no way to; the first error says more
+            undo()
         kept = f'{describe(saver)}; make room and go on with --resume auto'
         raise OSError(f'cannot write {what} ({error}): {kept}') from error
 

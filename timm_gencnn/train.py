@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: Flags that contradict each other, missing data, labels out of range, a loss that is not finite.
-        OSError: A checkpoint cannot be written.
+        OSError: A checkpoint or the summary cannot be written.
     """
     own_group = not _has_group()
     try:
@@ -286,6 +286,7 @@ class Trainer:
             (self.output / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
             if names := train_data.class_names(self.loader):
                 (self.output / CLASS_MAP).write_text('\n'.join(names) + '\n', encoding='utf-8')
+            checkpoints.trim_summary(self.output / 'summary.csv', self.epoch)
         except OSError as error:
             raise OSError(f'cannot write to {self.output}: {error}') from error
         saver = utils.CheckpointSaver(
@@ -301,7 +302,6 @@ class Trainer:
         )
         if resumed and Path(resumed).parent == self.output:
             saver.load_state_dict_from_checkpoint(resumed)
-        utils.trim_summary(str(self.output / 'summary.csv'), self.epoch)
         return saver
 
     # Loops
@@ -473,12 +473,14 @@ class Trainer:
         self.schedule.step(epoch + 1, metric)
         if self.saver is None:
             return
-        summary = str(self.output / 'summary.csv')
-        utils.update_summary(epoch, train_metrics, eval_metrics, summary, lr=lr, log_wandb=self.args.log_wandb)
-        for writer in self.writers:
-            for name, value in {**train_metrics, **{f'eval_{k}': v for k, v in eval_metrics.items()}}.items():
-                if not isinstance(value, str):
-                    writer.add_scalar(name, value, epoch)
+        summary = self.output / 'summary.csv'
+        wandb = self.args.log_wandb
+        with checkpoints.whole_summary(self.saver, summary, epoch):
+            utils.update_summary(epoch, train_metrics, eval_metrics, str(summary), lr=lr, log_wandb=wandb)
+            for writer in self.writers:
+                for name, value in {**train_metrics, **{f'eval_{k}': v for k, v in eval_metrics.items()}}.items():
+                    if not isinstance(value, str):
+                        writer.add_scalar(name, value, epoch)
         checkpoints.save(self.saver, epoch, metric)
         error = f'  error {100 - eval_metrics["top1"]:.2f} %' if 'top1' in eval_metrics else ''
         phase = f'GG  ESS {train_metrics["ess"]:.1f}' if generative else 'DG'
