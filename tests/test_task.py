@@ -75,6 +75,37 @@ def test_phases_use_their_losses():
         torch.testing.assert_close(result['loss'], criterion(result['output'], target))
 
 
+def test_a_step_on_a_batch_of_one_class_moves_its_weights_alone():
+    """Towards equal scores of these images: their own E_p against their mean, nothing for the other classes."""
+    x, y = batch()[0], 1
+    target = torch.full((N,), y)
+    task = make(phase='GG')
+    fc, before = task.trainable_module.fc, copy.deepcopy(task.trainable_module.fc.state_dict())
+    loss = task(x, target)['loss']
+    pixels = x.flatten(1).double()
+    scores = pixels @ before['weight'].double().T + before['bias'].double()
+    log_z = scores.logsumexp(0) - math.log(N)
+    weights = (scores[:, y] - log_z[y]).exp() / N  # of E_p; they sum to 1
+    gradient = torch.zeros(C, 16, dtype=torch.float64)
+    gradient[y] = weights @ pixels - pixels.mean(0)
+    loss.backward()
+    close = {'rtol': 0, 'atol': 1e-6, 'check_dtype': False}
+    assert loss > 0.1  # log of a mean against the mean of the logarithms
+    torch.testing.assert_close(loss, log_z[y] - scores[:, y].mean(), **close)
+    torch.testing.assert_close(fc.weight.grad, gradient, **close)
+    torch.testing.assert_close(fc.bias.grad, torch.zeros(C), **close)
+    torch.optim.SGD(task.parameters(), 0.1).step()
+    torch.testing.assert_close(fc.weight[y], before['weight'][y] - 0.1 * gradient[y], **close)
+    others = torch.arange(C) != y
+    assert torch.equal(fc.weight[others], before['weight'][others])
+    torch.testing.assert_close(task.log_z, log_z, **close)  # of every class: they share the images
+    assert task.class_counts.tolist() == [0, N, 0]
+    assert task(x, target)['loss'] < loss
+    discriminative = make(phase='DG')  # control: there the other classes are pushed away from these images
+    discriminative(x, target)['loss'].backward()
+    assert (discriminative.trainable_module.fc.weight.grad[others].abs().amax(1) > 0.1).all()
+
+
 def test_switches_after_gen_steps_and_folds_the_intercepts():
     calls = []
     task = make(gen_steps=5, on_switch=lambda: calls.append(task.steps))
