@@ -834,15 +834,47 @@ def run_rank(rank: int, argv: list[str], port: int) -> None:
     assert_no_gloo_thread()
 
 
-def test_two_ranks(images, tmp_path):
-    argv = flags(images, tmp_path, '-b', '4', '--sync-bn', *FULL)
+RANK_FLAGS = ['-b', '4', '--sync-bn', *FULL]
+
+
+@pytest.fixture(scope='module')
+def two_ranks(images, tmp_path_factory) -> Path:
+    """A run of two processes that each got their rank from here."""
+    out = tmp_path_factory.mktemp('two_ranks')
+    argv = flags(images, out, *RANK_FLAGS)
     mp.start_processes(run_rank, args=(argv, unused_port()), nprocs=2, start_method='spawn')
-    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
-    assert [row['train_phase'] for row in rows] == ['GG', 'GG', 'DG', 'DG']  # written once, by the first rank
-    assert float(rows[-1]['eval_loss']) < 0.9  # log 3 = 1.1 is chance
-    state = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)
+    return out / 'run'
+
+
+def test_two_ranks(two_ranks):
+    assert [row['train_phase'] for row in rows(two_ranks)] == [
+        'GG',
+        'GG',
+        'DG',
+        'DG',
+    ]  # written once, by the first rank
+    assert float(rows(two_ranks)[-1]['eval_loss']) < 0.9  # log 3 = 1.1 is chance
+    state = torch.load(two_ranks / 'last.pth.tar', weights_only=False)
     assert 'conv1.weight' in state['state_dict']
     assert state['task_state']['class_counts'].sum() == 96  # all images of both ranks in two epochs
+
+
+def test_torchrun_gives_the_same_run(images, two_ranks, tmp_path):
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    argv = flags(images, tmp_path, *RANK_FLAGS)
+    done = subprocess.run([*launcher, '-m', 'timm_gencnn.cli', *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('epoch   3') == 1  # the first rank alone speaks
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    assert {path.name for path in (tmp_path / 'run').iterdir()} == {path.name for path in two_ranks.iterdir()}
+    assert len(rows(tmp_path / 'run')) == 4
+    for row, expected in zip(rows(tmp_path / 'run'), rows(two_ranks), strict=True):
+        assert row.pop('train_phase') == expected.pop('train_phase')
+        numbers = {name: float(value) for name, value in expected.items()}
+        assert {name: float(value) for name, value in row.items()} == pytest.approx(numbers, abs=1e-5, nan_ok=True)
+    torch.testing.assert_close(
+        weights(tmp_path / 'run/last.pth.tar'), weights(two_ranks / 'last.pth.tar'), rtol=0, atol=1e-5
+    )
 
 
 def run_rank_with_batch_norm(rank: int, argv: list[str], port: int, folder: Path) -> None:
