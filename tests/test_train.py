@@ -34,7 +34,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import natural_key
 from torchvision.transforms.functional import pil_to_tensor
 
-from timm_gencnn import checkpoints, cli, train, train_args, train_data, validate
+from timm_gencnn import checkpoints, cli, task, train, train_args, train_data, validate
 from timm_gencnn.config_file import RECIPES, ConfigParser
 from timm_gencnn.samples import read_metadata
 from timm_gencnn.schedule import InvLRScheduler, PhaseSchedule
@@ -181,6 +181,28 @@ def test_the_switch_of_a_checkpoint_of_0_1_0_is_found(images, straight, tmp_path
 def test_the_switch_is_counted_from_the_first_epoch(images, tmp_path):
     assert cli.main(flags(images, tmp_path, '--start-epoch', '2', '--epochs', '6', '--gen-epochs', '3')) == 0
     assert [row['epoch'] + row['train_phase'] for row in rows(tmp_path / 'run')] == ['2GG', '3DG', '4DG', '5DG']
+
+
+@pytest.mark.parametrize(
+    ('lr', 'switch', 'phases'),
+    [('1e-6', 11, 'GG DG DG DG'), ('1e-3', None, 'GG GG GG GG')],
+    ids=['the ESS stays', 'the ESS keeps falling'],
+)
+def test_the_phase_switches_by_itself_on_a_plateau_of_the_ess(images, tmp_path, monkeypatch, lr, switch, phases):
+    """With a record a step, ten of which make a plateau: after 11 of the 24 steps, or never."""
+    monkeypatch.setattr(task, 'RECORD_EVERY', 1)
+    more = ['--phase', 'GG+DG', '--switch-ess', 'plateau', '--lr', lr, '--disc-lr', '0.01', '--no-aug']
+    argv = flags(images, tmp_path, *more)
+    gen_epochs = argv.index('--gen-epochs')
+    del argv[gen_epochs : gen_epochs + 2]
+    assert cli.main(argv) == 0
+    state = torch.load(tmp_path / 'run/last.pth.tar', weights_only=False)['task_state']
+    assert [row['train_phase'] for row in rows(tmp_path / 'run')] == phases.split()
+    assert state['switch_step'] == switch
+    history = state['ess_history']
+    assert len(history) == (switch or 24)
+    assert (min(history[-10:]) > 0.99 * min(history[:-10])) == (switch is not None)
+    assert (float(rows(tmp_path / 'run')[2]['lr']) > 1e-3) == (switch is not None)  # the discriminative rate
 
 
 def test_a_truncated_last_checkpoint_falls_back(images, straight, tmp_path, caplog):
