@@ -14,6 +14,7 @@ FOLDER holds the data sets as mnist, cifar10, tiny_imagenet_100, each with colum
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -35,11 +36,15 @@ SPLIT = {'mnist': 'test', 'cifar10': 'test', 'tiny_imagenet_100': 'validation'}
 COLUMNS = ('error', 'nll', 'ece', 'noise_error', 'auroc_1', 'auroc_2')
 
 
+# GG+DG begins its learning rate anew at the switch. So does this; its first phase is DG too, to one part in a million.
+RESTARTED = '--phase GG+DG --hybrid 0.999999'
+
+
 def phases(unlabeled: bool = False, learned: Sequence[str] = ()) -> dict[str, str]:
     """Rows of a table: their names, and the flags of `gencnn train`."""
     rows = {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')}
     if not unlabeled:
-        return rows | {'hybrid': '--phase GG --hybrid 0.5'}
+        return rows | {'hybrid': '--phase GG --hybrid 0.5', 'DG, restarted': RESTARTED}
     pool = {f'{phase}, pool': f'{rows[phase]} --unlabeled-dataset {{dataset}}' for phase in ('GG', 'GG+DG')}
     return rows | pool | {f'{phase}, learned': f'{pool[f"{phase}, pool"]} --unlabeled-weight 1' for phase in learned}
 
@@ -66,14 +71,25 @@ FEW_LABELS = {  # data set, per cent of its labels (each seed has its own images
     ('mnist', 1): (250, 160, ('GG', 'GG+DG')),
     ('mnist', 10): (75, 48, ('GG',)),
     ('cifar10', 1): (200, 100, ('GG',)),
-    ('cifar10', 10): (30, 15, ()),
-    ('in100', 1): (200, 100, ()),
+    ('cifar10', 10): (30, 15, ('GG',)),
+    ('in100', 1): (200, 100, ('GG',)),
     ('in100', 10): (30, 15, ()),
 }
 for (name, share), (epochs, gen_epochs, learned) in FEW_LABELS.items():
     base = EXPERIMENTS[name]
     few = f'{base.flags} {FEW.format(epochs, gen_epochs)}'
     EXPERIMENTS[f'{name}-{share}%'] = replace(base, flags=few, share=share, rows=phases(True, learned))
+SWITCH = {f'GG+DG, switched after {n}': f'--phase GG+DG --gen-epochs {n}' for n in (40, 80)}  # 160 in mnist-1%
+EXPERIMENTS['mnist-1%-switch'] = replace(EXPERIMENTS['mnist-1%'], rows=SWITCH)
+POOL = {
+    f'GG, {way}, {n} a step': f'--phase GG --unlabeled-dataset {{dataset}} --unlabeled-batch-size {n} {flags}'
+    for way, flags in (('pool', ''), ('learned', '--unlabeled-weight 1'))
+    for n in (16, 256)  # 64 in mnist-1%
+}
+EXPERIMENTS['mnist-1%-pool'] = replace(EXPERIMENTS['mnist-1%'], rows=POOL)
+ALONE = '--model-kwargs norm_layer=groupnorm1'
+NORM = {f'{phase}, each image alone': f'--phase {phase} {ALONE}' for phase in ('DG', 'GG')}
+EXPERIMENTS['cifar10-1%-norm'] = replace(EXPERIMENTS['cifar10-1%'], rows=NORM)
 SMALL = {phase: f'--phase {phase} -b 16' for phase in ('DG', 'GG', 'GG+DG')}  # four times the updates
 EXPERIMENTS['mnist-1%-batch16'] = replace(EXPERIMENTS['mnist-1%'], rows=SMALL)
 
@@ -110,6 +126,11 @@ def measure(run: Path, experiment: Experiment, where: Any) -> dict[str, float]:
     return {k: round(v, 4) for k, v in result.items()}
 
 
+def runs(row: str, results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The runs of a row by their seeds."""
+    return {k.rsplit('_', 1)[1]: v for k, v in results.items() if k.rsplit('_', 1)[0] == row}
+
+
 def table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
     """Markdown: mean and standard deviation over the seeds."""
     first, second = experiment.others
@@ -118,9 +139,23 @@ def table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
     ]
     lines.append('|---' * 8 + '|')
     for row in experiment.rows:
-        runs = [v for k, v in results.items() if k.rsplit('_', 1)[0] == row]
-        cells = [mean_and_spread([run[column] for run in runs]) for column in COLUMNS]
-        lines.append(f'| {row} | {len(runs)} | ' + ' | '.join(cells) + ' |')
+        found = runs(row, results).values()
+        if found:
+            cells = [mean_and_spread([run[column] for run in found]) for column in COLUMNS]
+            lines.append(f'| {row} | {len(found)} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def differences(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
+    """Markdown: each row less DG at the same seeds, which share data and first weights; mean and standard error."""
+    lines = ['| less DG, same seed | seeds | error % | NLL | error %, noise |', '|---' * 5 + '|']
+    base = runs('DG', results)
+    for row in experiment.rows:
+        pairs = [(run, base[seed]) for seed, run in runs(row, results).items() if seed in base]
+        if len(pairs) > 1 and row != 'DG':
+            values = [[run[column] - dg[column] for run, dg in pairs] for column in ('error', 'nll', 'noise_error')]
+            cells = [f'{statistics.mean(v):+.2f} ± {statistics.stdev(v) / math.sqrt(len(v)):.2f}' for v in values]
+            lines.append(f'| {row} | {len(pairs)} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
@@ -161,7 +196,7 @@ def main() -> None:
         new = file.with_suffix('.new')
         new.write_text(json.dumps(results, indent=1, sort_keys=True) + '\n')
         os.replace(new, file)
-    print(table(experiment, results))
+    print(table(experiment, results), differences(experiment, results), sep='\n\n')
 
 
 if __name__ == '__main__':
