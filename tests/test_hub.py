@@ -24,7 +24,7 @@ import timm_gencnn
 ROOT = Path(__file__).parents[1]
 MEASURED = {
     'results': {'dataset': 'ylecun/mnist', 'split': 'test', 'test_error': 0.77, 'nll': 0.025, 'train_loss': 0.001},
-    'recipe': {'command': 'gencnn train --config lenet_mnist', 'seed': 0},
+    'recipe': {'command': 'gencnn train --config lenet_mnist', 'seed': 0, 'seconds': 400.0, 'hardware': 'one core'},
     'license': 'apache-2.0',
 }
 
@@ -243,6 +243,7 @@ def test_card(hub: LoopbackHub, client: Client, published: tuple[str, str]) -> N
     for part in (
         *('library_name: timm', 'pipeline_tag: image-classification', 'ylecun/mnist', 'value: 0.77', '<Gallery />'),
         *('url: images/0-001-1-class-1.png', 'gencnn train --config lenet_mnist', 'dai2015generative'),
+        'Trained with seed 0 in 7 minutes on one core.',
         '- **0 (class 0), 1 (class 1)**: 2 chains per node, reference `natural` (alpha 1.25), temperature',
         ' 0.02, tilt 50, 64 image gradients per chain, seed 5. Gallery regime: not samples of the model at T = 1.',
         'Mean score by node: 0.5, 2.5.',
@@ -252,6 +253,7 @@ def test_card(hub: LoopbackHub, client: Client, published: tuple[str, str]) -> N
     assert 'train_loss' not in text
     ok(client(hub_client.push, 'alice/unmeasured'))
     assert 'model-index' not in card(hub, 'alice/unmeasured')
+    assert 'Trained' not in card(hub, 'alice/unmeasured')
 
 
 def test_cards_of_the_zoo(client: Client) -> None:

@@ -46,7 +46,8 @@ def render_card(
         parameters: Number of parameters.
         results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one), `split` and `note`.
             Errors are in percent; metrics of the training set, 'train_...', are not shown.
-        recipe: How the checkpoint was made. The card shows `command`, or else `settings`.
+        recipe: How the checkpoint was made. The card shows `command`, with `seed`, `seconds` and `hardware` where they
+            are known, or else `settings`.
         gallery: The runs that made the pictures.
         pictures: (caption, path in the repository) of each.
         gallery_dataset: Data set repository that holds the whole gallery.
@@ -108,6 +109,7 @@ def render_card(
         note=results.get('note'),
         metrics={_metric_name(metric): f'{value:.6g}' for metric, value in metrics.items()},
         command=recipe.get('command'),
+        trained=_describe_training(recipe),
         settings=recipe.get('settings'),
         runs=[describe_run(samples) for samples in gallery],
         gallery_regime='gallery' in regimes,
@@ -119,6 +121,17 @@ def render_card(
 
 def _metric_name(metric: str) -> str:
     return f'{metric} (%)' if 'error' in metric else metric
+
+
+def _describe_training(recipe: dict[str, Any]) -> str:
+    """Seed, time and hardware of a training, as far as they are known."""
+    seed, seconds, hardware = (recipe.get(key) for key in ('seed', 'seconds', 'hardware'))
+    known = [
+        f'with seed {seed}' if seed is not None else None,
+        f'in {seconds / 60:.0f} minutes' if isinstance(seconds, int | float) else None,
+        f'on {hardware}' if hardware else None,
+    ]
+    return ' '.join(['Trained', *filter(None, known)]) + '.' if any(known) else ''
 
 
 def describe_run(samples: Samples) -> str:

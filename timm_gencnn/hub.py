@@ -85,7 +85,8 @@ def push_to_hub(
         gallery_dataset: Data set repository, 'USER/NAME', that gets every picture of `gallery` with node, score,
             settings, seed and diagnostics, as parquet. It is pushed before the checkpoint, with the same privacy.
         results: What was measured: metric names to numbers, `dataset` (its Hub id, if it has one) and `split`.
-        recipe: How the checkpoint was made: `command`, which the card shows, and what else belongs in results.json.
+        recipe: How the checkpoint was made: `command`, `seed`, `seconds` and `hardware`, which the card shows, and what
+            else belongs in results.json.
         data_config: Preprocessing the weights were trained with (`input_size`, `mean`, `std`, ...), as of
             `timm.data.resolve_data_config`; None for that of the model's pretrained_cfg.
         license: Identifier of the licence of the weights, such as 'apache-2.0'. Left out of the card if not given.
