@@ -392,6 +392,20 @@ def test_a_full_disk_at_the_start_of_a_resumed_run_keeps_its_summary(images, str
     assert (tmp_path / 'run/summary.csv').read_text() == (straight / 'summary.csv').read_text()
 
 
+def test_a_full_disk_at_the_start_of_a_resumed_run_keeps_its_settings(images, straight, tmp_path, capsys, monkeypatch):
+    def full(path: Path, data: bytes) -> None:
+        write(path, data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = Path.write_bytes
+    shutil.copytree(straight, tmp_path / 'run')
+    before = {path.name: path.read_bytes() for path in straight.iterdir()}
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    error = failure(capsys, flags(images, tmp_path, *FULL, '--resume', 'auto', '--epochs', '5'))
+    assert f'cannot write to {tmp_path}/run: [Errno 28] No space left on device' in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ('more', 'message'),
     [

@@ -31,6 +31,7 @@ from . import checkpoints, script, train_data
 from .loss import check_targets
 from .reference import natural_for
 from .runs import CLASS_MAP, means_run, metric_by_epoch
+from .samples import write_atomically
 from .schedule import PhaseSchedule
 from .task import GenerativeTask
 from .train_args import add_arguments, check_arguments, validates_average
@@ -283,9 +284,9 @@ class Trainer:
         args = self.args
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+            write_atomically(self.output / 'args.yaml', yaml.safe_dump(vars(args), default_flow_style=False).encode())
             if names := train_data.class_names(self.loader):
-                (self.output / CLASS_MAP).write_text('\n'.join(names) + '\n', encoding='utf-8')
+                write_atomically(self.output / CLASS_MAP, ('\n'.join(names) + '\n').encode())
             checkpoints.trim_summary(self.output / 'summary.csv', self.epoch)
         except OSError as error:
             raise OSError(f'cannot write to {self.output}: {error}') from error

@@ -1,14 +1,15 @@
 """What photographs give for the table of the `natural` reference (timm_gencnn/reference.py).
 
-    python tests/benchmarks/natural_table.py FOLDER   # photographs with a column `image`, as `datasets.load_dataset` reads it
+    python tests/benchmarks/natural_table.py FOLDER  # photographs, column `image`, for `datasets.load_dataset`
 
-Prints mean and standard deviation of the pixels; the correlation of the colours of logit(pixel), pixels kept half a grey
-level away from 0 and 1; and the exponent a of its amplitude spectrum 1 / frequency^a, fitted to the root mean square
+Prints mean and standard deviation of the pixels; the correlation of the colours of logit(pixel), half a grey level away
+from 0 and 1; and the exponent a of its amplitude spectrum 1 / frequency^a, fitted to the root mean square
 amplitude of rings that are equally wide on a logarithmic scale, from one cycle an image to 16 and to 64, the finest.
 """
 
 import argparse
 import math
+from itertools import pairwise
 
 import datasets
 import torch
@@ -26,7 +27,7 @@ def exponent(latents: Tensor, highest: int) -> float:
     cycles = SIDE * torch.fft.fftfreq(SIDE)
     radius = torch.hypot(cycles[:, None], cycles)
     edges = torch.logspace(0, math.log10(highest), RINGS + 1)
-    rings = [(radius >= low) & (radius < high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    rings = [(radius >= low) & (radius < high) for low, high in pairwise(edges)]
     points = torch.tensor([[radius[r].log().mean(), power[r].mean().log() / 2] for r in rings if r.any()])
     x, y = (points - points.mean(0)).T
     return -((x * y).sum() / x.square().sum()).item()
