@@ -1,9 +1,9 @@
 r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges that share no weights with it say.
 
     gencnn train -c resnet_mnist --dataset hfds/FOLDER/mnist --seed 7 --experiment judge_resnet
-    gencnn train -c lenet_mnist --dataset hfds/FOLDER/mnist --phase DG --seed 0 --experiment judge_dg  # and GG
+    gencnn train -c lenet_mnist --no-amp --dataset hfds/FOLDER/mnist --phase DG --seed 1 --experiment judge_dg
     python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_lenet.vis_mnist gencnn_lenet.dg_mnist \
-        --judges output/train/judge_resnet/last.pth.tar output/train/judge_dg/last.pth.tar
+        --judges output/train/judge_resnet/last.pth.tar output/train/judge_dg/last.pth.tar  # and one trained GG
 
     gencnn train -c resnet_short --model test_resnet --num-classes 10 --input-size 3 64 64 --crop-pct 1 \
         --mean 0.4914 0.4822 0.4465 --std 0.2470 0.2435 0.2616 --phase DG --epochs 5 --seed 7 \
