@@ -126,12 +126,12 @@ def _metric_name(metric: str) -> str:
 def _describe_training(recipe: dict[str, Any]) -> str:
     """Seed, time and hardware of a training, as far as they are known."""
     seed, seconds, hardware = (recipe.get(key) for key in ('seed', 'seconds', 'hardware'))
-    known = [
-        f'with seed {seed}' if seed is not None else None,
-        f'in {seconds / 60:.0f} minutes' if isinstance(seconds, int | float) else None,
-        f'on {hardware}' if hardware else None,
-    ]
-    return ' '.join(['Trained', *filter(None, known)]) + '.' if any(known) else ''
+    known = [f'with seed {seed}'] if seed is not None else []
+    if isinstance(seconds, int | float):
+        known.append(f'in {seconds / 60:.0f} minutes' if seconds >= 90 else f'in {seconds:.0f} seconds')
+    if hardware:
+        known.append(f'on {hardware}')
+    return ' '.join(['Trained', *known]) + '.' if known else ''
 
 
 def describe_run(samples: Samples) -> str:
