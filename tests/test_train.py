@@ -883,12 +883,8 @@ def two_ranks(images, tmp_path_factory) -> Path:
 
 
 def test_two_ranks(two_ranks):
-    assert [row['train_phase'] for row in rows(two_ranks)] == [
-        'GG',
-        'GG',
-        'DG',
-        'DG',
-    ]  # written once, by the first rank
+    phases = [row['train_phase'] for row in rows(two_ranks)]
+    assert phases == ['GG', 'GG', 'DG', 'DG']  # written once, by the first rank
     assert float(rows(two_ranks)[-1]['eval_loss']) < 0.9  # log 3 = 1.1 is chance
     state = torch.load(two_ranks / 'last.pth.tar', weights_only=False)
     assert 'conv1.weight' in state['state_dict']

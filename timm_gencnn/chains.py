@@ -127,10 +127,10 @@ def sample_exact(
     directions in which the density is 4, 16, ... times narrower than the reference would resonate (Neal 2011, section
     5.4.2).
 
-    Trajectories of 8 gradients are a compromise. Effective draws of the score for 2, 4, 8, 16 of them at equal budgets,
-    8 chains: 3430, 1980, 1090, 490 for a unit that hardly pulls (conv2:17 of lenet.vis_mnist); 680, 870, 870, 450 and
-    920, 980, 920, 580 for class 3 of two LeNets (dg_mnist, vis_mnist); 320, 280, 300, 430 for class 5 of resnet10_w16.
-    Targets of 0.65 and 0.8 differed by less than a sixth.
+    Trajectories of 8 gradients are a compromise. Single trials, effective draws of the score for 2, 4, 8, 16 of them at
+    equal budgets, 8 chains: 3430, 1980, 1090, 490 for a unit that hardly pulls (conv2:17 of lenet.vis_mnist);
+    680, 870, 870, 450 and 920, 980, 920, 580 for class 3 of two LeNets (dg_mnist, vis_mnist); 320, 280, 300, 430 for
+    class 5 of resnet10_w16. Targets of 0.65 and 0.8 differed by less than a sixth.
 
     Args:
         score: f, latents [n, ...] to scores [n].
