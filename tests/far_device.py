@@ -3,10 +3,12 @@
 Where a tensor lies is noted at its storage. The numbers are the CPU's: so are results, bit for bit. What
 CUDA refuses is refused: operands on two devices, a generator or an index of the other one, numpy of what is far. Each
 time that the host waits for the device is noted in `far.waits`, and an error inside `with far.state(patient=False):`.
-Streams, pinned memory and sums in another order, which CUDA alone has, are not there, and `torch.cuda` is left alone.
+Streams, pinned memory and sums in another order, which CUDA alone has, are not there, and of `torch.cuda` only the size
+of the memory.
 """
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -38,6 +40,7 @@ def far_device(default=False):
     patches = (
         (torch, 'Generator', Generator),
         (torch, 'autocast', Autocast),
+        (torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=2**34)),
         (torch.autograd, '_engine_run_backward', far.seeing(torch.autograd._engine_run_backward)),
         (torch.distributed, 'all_reduce', as_nccl(torch.distributed.all_reduce)),
     )

@@ -4,7 +4,7 @@ import copy
 import csv
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +17,20 @@ from pictures import draw_bars
 from PIL import Image
 from torch import nn
 
-from timm_gencnn import as_generative, blocks, chains, cli, device_data, layouts, log_z, reference, train, visualize
+from timm_gencnn import (
+    as_generative,
+    blocks,
+    chains,
+    cli,
+    device_data,
+    layouts,
+    log_z,
+    reference,
+    train,
+    views,
+    visualize,
+)
+from timm_gencnn.networks import affine_batch_norms
 from timm_gencnn.nodes import receptive_field
 from timm_gencnn.task import GenerativeTask
 from timm_gencnn.validate import noisy
@@ -153,6 +166,13 @@ def watched(monkeypatch):
 EXACT = {'temperature': 1.0, 'steps': 65}
 
 
+@contextmanager
+def as_on_a_gpu(model):
+    """The CPU's way of a batch norm and of a view is another than that of a GPU: by rounding."""
+    with mock.patch.object(views, 'factor', lambda matrices, k: matrices[:, None]), affine_batch_norms(model):
+        yield
+
+
 def draw(model, nodes, device=None, **kwargs):
     kwargs = {'n': 2, 'steps': 12, 'size': SIDE, 'progress': False} | kwargs
     return visualize(model, nodes, device=device, **kwargs)
@@ -172,7 +192,8 @@ def test_pictures(net, watched, monkeypatch, default, kwargs):
     """Of nodes of every kind, in two chunks. They are the CPU's, and lie there."""
     nodes = [1, 'conv:3@2,3', '0 + 0.5*bn:1', lambda x: x.square().flatten(1).mean(1)]
     monkeypatch.setattr(blocks, 'PIXELS_PER_BATCH', 4 * 3 * SIDE**2)
-    expected = draw(net, nodes, **kwargs)
+    with as_on_a_gpu(net):
+        expected = draw(net, nodes, **kwargs)
     with far_device(default) as far:
         watched(far)
         samples = draw(net, nodes, 'cuda', **kwargs)
@@ -187,7 +208,8 @@ def test_pictures(net, watched, monkeypatch, default, kwargs):
 
 def test_views_of_a_large_photograph(net, watched):
     kwargs = {'n': 1, 'steps': 8, 'size': 160}
-    expected = draw(net, 1, **kwargs)
+    with as_on_a_gpu(net):
+        expected = draw(net, 1, **kwargs)
     with far_device() as far:
         watched(far)
         samples = draw(net, 1, 'cuda', **kwargs)

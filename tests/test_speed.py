@@ -3,17 +3,20 @@
 import importlib.util
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import timm
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from waits import NoWait, SyncError
 
 from timm_gencnn import blocks, chains, hmc
-from timm_gencnn.networks import channels_last, frozen
+from timm_gencnn.networks import affine_batch_norms, channels_last, frozen
 from timm_gencnn.nodes import resolve
 from timm_gencnn.partition import log_z
 from timm_gencnn.reference import natural_for
@@ -147,6 +150,62 @@ def test_weights_come_back_after_an_error(resnet):
     with pytest.raises(ZeroDivisionError), channels_last(resnet):
         assert 1 / (resnet.layer2[0].conv1.weight.stride() == stride)
     assert resnet.layer2[0].conv1.weight.stride() == stride
+
+
+# Batch norms as a product and a sum
+
+
+@pytest.mark.parametrize(
+    'name', ['test_resnet', 'test_efficientnet']
+)  # torch's batch norm, and timm's with what follows
+def test_affine_batch_norms_are_batch_norms(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval().requires_grad_(False)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        for values, law in ((norm.weight, (0.5, 2)), (norm.running_var, (0.1, 4)), (norm.running_mean, (-1, 1))):
+            values.uniform_(*law)
+    used = []
+
+    def pass_of(images):
+        output = model(images)
+        return output, *torch.autograd.grad(output[:, 1].sum(), images)
+
+    images = torch.randn(2, 3, SIDE, SIDE, requires_grad=True)
+    expected = pass_of(images)
+    with mock.patch.object(F, 'batch_norm', side_effect=lambda *args: used.append(args)), affine_batch_norms(model):
+        found = pass_of(images)
+    assert not used
+    assert not any('forward' in vars(norm) for norm in norms)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(a, b)  # it was another way
+    assert torch.equal(pass_of(images)[0], expected[0])
+
+
+def test_batch_norms_that_look_at_the_batch_or_round_otherwise_stay_as_they_are():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    model[0].train()
+    images = torch.rand(4, 3, 5, 5)
+    rough = images.bfloat16()
+    expected = model[1](rough)
+    with affine_batch_norms(model):
+        assert ['forward' in vars(norm) for norm in model] == [False, True, False]
+        assert torch.equal(model[1](rough), expected)
+        assert model[1](rough).dtype == torch.bfloat16
+
+
+def test_a_larger_gpu_takes_more_images_at_once(monkeypatch):
+    reference = natural_for({}, 3, (224, 224))
+    memory = lambda gib: monkeypatch.setattr(  # noqa: E731
+        torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=gib * 2**30)
+    )
+    at_once = {}
+    for gib in (8, 16, 80):
+        memory(gib)
+        at_once[gib] = blocks.chunk(reference, torch.device('cuda'))
+    assert at_once == {8: 27, 16: 27, 80: 139}
+    assert blocks.chunk(reference, torch.device('cpu')) == 27
 
 
 @pytest.mark.parametrize(

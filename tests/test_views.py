@@ -20,14 +20,19 @@ from timm_gencnn.views import (
     Resample,
     Viewer,
     Views,
+    interpolation,
     is_current,
-    resampling,
+    reading,
     views_of,
 )
 from timm_gencnn.visualize import repeat_settings, visualize
 
 LENET = 'gencnn_lenet.vis_mnist'
 SIDE = 32
+
+
+def resampling(*args, **kwargs) -> Tensor:
+    return interpolation(*reading(*args, **kwargs))
 
 
 def waves(size: int) -> Tensor:
@@ -105,6 +110,10 @@ def test_resampling_is_the_two_matrix_products_and_its_gradient_their_transposes
     torch.testing.assert_close(views, rows[:, None] @ images @ columns.mT[:, None])
     back = torch.autograd.grad(views, images, grad)[0]
     torch.testing.assert_close(back, rows.mT[:, None] @ grad @ columns[:, None])
+    dense = Resample.apply(images, *(m[:, None] for m in (rows, rows.mT, columns, columns.mT)))  # as on a GPU
+    torch.testing.assert_close(dense, views)
+    torch.testing.assert_close(torch.autograd.grad(dense, images, grad)[0], back)
+    assert dense.is_contiguous()
     assert views.is_contiguous()  # as the images of the first gradient are, lest torch.compile make two graphs
 
 

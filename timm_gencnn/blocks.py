@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import chains, hmc
-from .networks import channels_last
+from .networks import affine_batch_norms, channels_last
 from .reference import Reference
 from .samples import to_rgb
 from .sampling import Sampling
@@ -23,11 +23,13 @@ from .scores import ScoreFunction
 from .views import Viewer, Views
 
 PIXELS_PER_BATCH = 2**22  # image values in one forward pass: about 28 colour images of 224 x 224
+MEMORY_PER_BATCH = 2**34  # bytes of a GPU for which that is right; one with more takes more images at once
 
 
-def chunk(reference: Reference) -> int:
+def chunk(reference: Reference, device: torch.device) -> int:
     """Images in one forward pass."""
-    return max(1, PIXELS_PER_BATCH // math.prod(reference.shape))
+    times = torch.cuda.get_device_properties(device).total_memory / MEMORY_PER_BATCH if device.type == 'cuda' else 1
+    return max(1, int(PIXELS_PER_BATCH * max(1, times)) // math.prod(reference.shape))
 
 
 def lighter(e: RuntimeError, images: int, size: tuple[int, int], stacklevel: int) -> int:
@@ -89,7 +91,7 @@ class Run:
     progress: bool
 
     def __post_init__(self) -> None:
-        self.batch = chunk(self.reference)
+        self.batch = chunk(self.reference, self.device)
         self.channels_last = True
 
     def blocks(self) -> list[tuple[list[int], list[int]]]:
@@ -134,7 +136,8 @@ class Run:
         """The scores of a group of nodes, with the network made fast inside."""
         score = replace(self.score, nodes=[self.score.nodes[k] for k in group])
         layout = channels_last(score.model) if self.channels_last else nullcontext()
-        with layout, score.compiled() if self.sampling.compile else nullcontext():
+        norms = nullcontext() if self.device.type == 'cpu' else affine_batch_norms(score.model)
+        with layout, score.compiled() if self.sampling.compile else norms:
             yield score
 
     def block(self, node_score: ScoreFunction, ids: list[int], bar: Any) -> Drawn:

@@ -61,7 +61,7 @@ def log_z(
     with frozen(net), without_autocast(where):
         score = resolve(net, [node], size=asked.sides())
         q = asked.make_reference(net, score.in_chans, score.size, where)
-        batch, total = chunk(q), asked.n * ais.gradients(levels)
+        batch, total = chunk(q, where), asked.n * ais.gradients(levels)
         while True:
             try:
                 with tqdm(total=total, unit='grad', disable=not progress, desc='log Z') as bar:

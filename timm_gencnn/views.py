@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import chains, hmc
 
+AHEAD = 64  # views that are drawn at once
+Reading = tuple[Tensor, Tensor]
 OWN_STREAMS = 0x5EED  # added to the seed of a run, so that views and momenta draw different numbers
 
 
@@ -110,22 +112,32 @@ class Viewer:
         law = [(v.crop, v.flip, v.shift, v.shrink) for v in views]
         self.crop, flip, self.shift, self.shrink = torch.tensor(law, dtype=torch.float32, device=device).unbind(1)
         self.flip = flip.bool()
+        self._ahead: list[tuple[Reading, Reading]] = []
 
     def __call__(self, images: Tensor) -> Tensor:
         """A view of each image [n, C, H, W], of the same size, differentiable."""
-        height, width = images.shape[2:]
-        side, mirror, top, left = self.streams.uniform((4,)).unbind(1)
+        if not self._ahead:
+            self._ahead = self._draw(*images.shape[2:])
+        rows, columns = (interpolation(*read) for read in self._ahead.pop())
+        touched = math.ceil(2 / self.closest)  # pixels of the view that read one of the image, at most
+        factors = [factor(m, k) for m, k in ((rows, 2), (rows.mT, touched), (columns, 2), (columns.mT, touched))]
+        mean = (images.mean((2, 3)).detach() * (self.shrink < 1)[:, None])[:, :, None, None]
+        return mean + Resample.apply(images - mean, *factors)
+
+    def _draw(self, height: int, width: int) -> list[tuple[Reading, Reading]]:
+        """What the rows and the columns of the next views read, the first one last.
+
+        As many as `AHEAD` at once: each draw is a call for every chain.
+        """
+        side, mirror, top, left = self.streams.uniform((AHEAD, 4)).movedim(0, 1).unbind(2)  # [AHEAD, n]
         side = 1 - (1 - self.crop) * side
         room, reach = 1 - side, self.shift * min(height, width)
-        share, down, across = self.far_streams.uniform((3,)).unbind(1)
+        share, down, across = self.far_streams.uniform((AHEAD, 3)).movedim(0, 1).unbind(2)
         share = 1 - (1 - self.shrink) * share
         mirror = self.flip & (mirror < 0.5)
-        rows = resampling(height, side, -reach + (height * room + 2 * reach) * top, share, down)
-        columns = resampling(width, side, -reach + (width * room + 2 * reach) * left, share, across, mirror)
-        touched = math.ceil(2 / self.closest)  # pixels of the view that read one of the image, at most
-        bands = (Band.of(m, k) for m in (rows, columns) for m, k in ((m, 2), (m.mT, touched)))
-        mean = (images.mean((2, 3)).detach() * (self.shrink < 1)[:, None])[:, :, None, None]
-        return mean + Resample.apply(images - mean, *bands)
+        rows = reading(height, side, -reach + (height * room + 2 * reach) * top, share, down)
+        columns = reading(width, side, -reach + (width * room + 2 * reach) * left, share, across, mirror)
+        return list(zip(zip(*rows, strict=True), zip(*columns, strict=True), strict=True))[::-1]
 
 
 class Band(NamedTuple):
@@ -154,15 +166,28 @@ class Band(NamedTuple):
         return rows.view(n, channels, -1, width)
 
 
+Factor = Band | Tensor
+
+
+def factor(matrices: Tensor, k: int) -> Factor:
+    """Matrices [n, rows, columns] with at most k entries to a row that are not zero, to multiply images from the left.
+
+    On a GPU products are cheap, and what sorts and gathers is not.
+    """
+    return Band.of(matrices, k) if matrices.device.type == 'cpu' else matrices[:, None]
+
+
 class Resample(torch.autograd.Function):
-    """rows @ images @ columnsᵀ: `Resample.apply(images, rows, rowsᵀ, columns, columnsᵀ)`, each a `Band`.
+    """rows @ images @ columnsᵀ: `Resample.apply(images, rows, rowsᵀ, columns, columnsᵀ)`.
+
+    Each of them is a `Band`, or a tensor [n, 1, size, size].
 
     Gradients are gathered by the transposes as the images are by the matrices, and so are the same in every run. The
     backward passes of torch's own interpolations scatter them, in an order that a GPU leaves open.
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, rows: Band, rows_t: Band, columns: Band, columns_t: Band) -> Tensor:
+    def forward(ctx: Any, images: Tensor, rows: Factor, rows_t: Factor, columns: Factor, columns_t: Factor) -> Tensor:
         ctx.back = rows_t, rows, columns_t, columns
         return (columns @ (rows @ images).mT).mT.contiguous()
 
@@ -171,27 +196,39 @@ class Resample(torch.autograd.Function):
         return Resample.apply(grad, *ctx.back), None, None, None, None
 
 
-def resampling(
+def reading(
     size: int, side: Tensor, start: Tensor, share: Tensor | float = 1.0, place: Tensor | float = 0.0,
     mirror: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Matrices [n, size, size] that show a stretch of a circular signal, by linear interpolation, before nothing.
+) -> Reading:  # fmt: skip
+    """Where the samples of a view lie in a circular signal, and which of them show it.
 
     Args:
         size: Samples of the signal.
-        side: Length of the stretch as a share of the signal's [n], in (0, 1].
-        start: Where it starts [n], rounded to whole samples; with a side of 1 the result is exactly a circular shift.
-        share: Share of the result that shows the stretch [n], in (0, 1]; the other rows are zero.
-        place: Where that is [n], from 0, at the start, to 1, at the end.
-        mirror: Whether to show the stretch backwards [n], bool.
+        side: Length of the stretch that is shown, as a share of the signal's [...], in (0, 1].
+        start: Where it starts [...], rounded to whole samples; with a side of 1 the result is exactly a circular shift.
+        share: Share of the result that shows the stretch [...], in (0, 1]; the other samples are empty.
+        place: Where that is [...], from 0, at the start, to 1, at the end.
+        mirror: Whether to show the stretch backwards [...], bool.
+
+    Returns:
+        Places from 0 to size, those of the samples' centres being whole numbers [..., size], and whether each is shown
+        [..., size].
     """
     index = torch.arange(size, dtype=side.dtype, device=side.device)
     share, place = (torch.as_tensor(v, dtype=side.dtype, device=side.device).expand_as(side) for v in (share, place))
-    read = (index + 0.5 - (size * (1 - share) * place)[:, None]) / share[:, None]  # in units of the stretch's samples
+    read = (index + 0.5 - (size * (1 - share) * place)[..., None]) / share[
+        ..., None
+    ]  # in units of the stretch's samples
     inside = (read > 0) & (read < size)
     if mirror is not None:
-        read = torch.where(mirror[:, None], size - read, read)
-    seen = (start.round()[:, None] + read * side[:, None] - 0.5).remainder(size)
-    distance = (seen[:, :, None] - index).abs_()
+        read = torch.where(mirror[..., None], size - read, read)
+    return (start.round()[..., None] + read * side[..., None] - 0.5).remainder(size), inside
+
+
+def interpolation(places: Tensor, inside: Tensor) -> Tensor:
+    """Matrices [n, size, size] that read a circular signal at places [n, size] linearly, and nothing but inside."""
+    size = places.shape[-1]
+    index = torch.arange(size, dtype=places.dtype, device=places.device)
+    distance = (places[:, :, None] - index).abs_()
     weights = distance.sub_(size / 2).abs_().sub_(size / 2 - 1).clamp_(min=0)  # 1 - min(distance, size - distance)
     return weights * inside[:, :, None]

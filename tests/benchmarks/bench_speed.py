@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_gencnn import chains, hmc
-from timm_gencnn.networks import channels_last
+from timm_gencnn.networks import affine_batch_norms, channels_last
 from timm_gencnn.nodes import resolve
 from timm_gencnn.reference import natural_for
 from timm_gencnn.sampling import GALLERY_TEMPERATURE
@@ -105,7 +105,8 @@ def _ours(s: Setting, sample: Callable[..., object], view: Callable[[Tensor], Te
     score, streams = _score(s.model, s.size), hmc.Streams(0, range(s.chains), s.device)
     q = natural_for(s.model.pretrained_cfg, 3, (s.size, s.size), s.device)
     seen = s.model.count if compiled else lambda images: images  # a compiled network does not count
-    with channels_last(s.model), score.compiled() if compiled else nullcontext():
+    norms = nullcontext() if s.device.type == 'cpu' else affine_batch_norms(s.model)  # as in a call of `visualize`
+    with channels_last(s.model), score.compiled() if compiled else norms:
         state = chains.start(lambda z: score(seen(q(z))), q.shape, streams)
         sample(lambda z: score(seen(view(q(z)))), state, streams)
 

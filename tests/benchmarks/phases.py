@@ -4,6 +4,7 @@
     python tests/benchmarks/phases.py cifar10 --seeds 3 --data FOLDER
     python tests/benchmarks/phases.py in100 --seeds 3 --data FOLDER
     python tests/benchmarks/phases.py mnist-1% --seeds 3 --data FOLDER  # few labels; also mnist-10%, ...
+    python tests/benchmarks/phases.py cifar10-long --seeds 3 --data FOLDER  # 16 epochs on a GPU; also in100-long
     python tests/benchmarks/phases.py mnist --print
 
 A run is one `gencnn train`; the weights of its last epoch are then measured on the test images: error, NLL, calibration
@@ -28,6 +29,7 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 
 from timm_gencnn import cli
+from timm_gencnn.networks import default_device
 from timm_gencnn.train_data import open_dataset, plain_loader
 from timm_gencnn.validate import auroc, noisy, scores, validate
 
@@ -67,6 +69,9 @@ CIFAR = Experiment('cifar10', '-c resnet_short', ('tiny_imagenet_100', 'mnist'),
 IN100_FLAGS = '-c resnet_short --model resnet10_w16_s2 --val-split validation'
 IN100 = Experiment('tiny_imagenet_100', IN100_FLAGS, ('cifar10', 'mnist'), 0.05)
 EXPERIMENTS = {'mnist': MNIST, 'cifar10': CIFAR, 'in100': IN100}
+for name in ('cifar10', 'in100'):  # four times as long, and for a GPU
+    long = f'{EXPERIMENTS[name].flags} --epochs 16 --gen-epochs 8 --data-on-device --workers 4'
+    EXPERIMENTS[f'{name}-long'] = replace(EXPERIMENTS[name], flags=long)
 FEW_LABELS = {  # data set, per cent of its labels (each seed has its own images): epochs, those of GG in GG+DG, learned
     ('mnist', 1): (250, 160, ('GG', 'GG+DG')),
     ('mnist', 10): (75, 48, ('GG',)),
@@ -106,6 +111,7 @@ def measure(run: Path, experiment: Experiment, where: Any) -> dict[str, float]:
     path = run / 'last.pth.tar'
     args = torch.load(path, weights_only=False)['args']
     model = timm.create_model(f'gencnn_{args.model}', num_classes=args.num_classes, **args.model_kwargs).eval()
+    model.to(default_device(None))
     load_checkpoint(model, str(path))
     config = resolve_data_config(vars(args), model=model)
 
