@@ -17,6 +17,7 @@ from timm_gencnn.views import (
     SMALL_PHOTOGRAPHS,
     SOFT,
     Band,
+    Dense,
     Resample,
     Viewer,
     Views,
@@ -110,7 +111,7 @@ def test_resampling_is_the_two_matrix_products_and_its_gradient_their_transposes
     torch.testing.assert_close(views, rows[:, None] @ images @ columns.mT[:, None])
     back = torch.autograd.grad(views, images, grad)[0]
     torch.testing.assert_close(back, rows.mT[:, None] @ grad @ columns[:, None])
-    dense = Resample.apply(images, *(m[:, None] for m in (rows, rows.mT, columns, columns.mT)))  # as on a GPU
+    dense = Resample.apply(images, *map(Dense, (rows, rows.mT, columns, columns.mT)))  # as on a GPU
     torch.testing.assert_close(dense, views)
     torch.testing.assert_close(torch.autograd.grad(dense, images, grad)[0], back)
     assert dense.is_contiguous()

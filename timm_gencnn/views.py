@@ -166,7 +166,19 @@ class Band(NamedTuple):
         return rows.view(n, channels, -1, width)
 
 
-Factor = Band | Tensor
+class Dense(NamedTuple):
+    """Matrices [n, rows, columns] as they are."""
+
+    entries: Tensor
+
+    def __matmul__(self, images: Tensor) -> Tensor:
+        """The product with images [n, C, columns, W]: [n, C, rows, W]."""
+        n, channels, height, width = images.shape
+        product = images.mT.reshape(n, channels * width, height) @ self.entries.mT
+        return product.view(n, channels, width, -1).mT
+
+
+Factor = Band | Dense
 
 
 def factor(matrices: Tensor, k: int) -> Factor:
@@ -174,13 +186,13 @@ def factor(matrices: Tensor, k: int) -> Factor:
 
     On a GPU products are cheap, and what sorts and gathers is not.
     """
-    return Band.of(matrices, k) if matrices.device.type == 'cpu' else matrices[:, None]
+    return Band.of(matrices, k) if matrices.device.type == 'cpu' else Dense(matrices)
 
 
 class Resample(torch.autograd.Function):
     """rows @ images @ columnsᵀ: `Resample.apply(images, rows, rowsᵀ, columns, columnsᵀ)`.
 
-    Each of them is a `Band`, or a tensor [n, 1, size, size].
+    Each of them is a `Band` or `Dense`.
 
     Gradients are gathered by the transposes as the images are by the matrices, and so are the same in every run. The
     backward passes of torch's own interpolations scatter them, in an order that a GPU leaves open.
