@@ -68,7 +68,7 @@ def ess(logits: Tensor) -> Tensor:
         1 / sum_j W_jy^2 per class [C], from 1 (one image carries the class) to n (all weights equal).
     """
     weights = _at_least_float32(logits.detach()).softmax(0)
-    return weights.square_().sum(0).reciprocal_()
+    return torch.linalg.vector_norm(weights, dim=0).pow_(-2)
 
 
 class GenerativeLoss(nn.Module):

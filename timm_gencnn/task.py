@@ -190,10 +190,11 @@ class GenerativeTask(ClassificationTask):
             loss = loss + self.unlabeled_weight * self.generative_loss.nll(free, classes)
         if not self.running_log_z:
             self._update_log_z(self.generative_loss.log_z)
-        self._track(logits.detach(), target.detach())
+        self._track(logits.detach(), log_ratio.detach(), target.detach())
+        output = logits if len(logits) == n else logits[:n]
         if self.hybrid:
-            loss = torch.lerp(loss, self.criterion(logits[:n], target).to(loss.dtype), self.hybrid)
-        return {'loss': loss, 'output': logits[:n]}
+            loss = torch.lerp(loss, self.criterion(output, target).to(loss.dtype), self.hybrid)
+        return {'loss': loss, 'output': output}
 
     # Running estimates
 
@@ -205,29 +206,44 @@ class GenerativeTask(ClassificationTask):
         else:
             self.log_z = torch.logaddexp(self.log_z + math.log1p(-rate), new + math.log(rate))
 
-    def _track(self, logits: Tensor, target: Tensor) -> None:
-        """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records."""
-        ess_ = ess(logits)
-        self.ess = ess_ if self.ess is None else torch.lerp(self.ess, ess_, max(self.momentum, 1 / (self.steps + 1)))
-        counts = ess_.new_zeros(logits.shape[1]) if self._new_counts is None else self._new_counts
-        if target.is_floating_point():
-            self._new_counts = counts + target.sum(0)
+    def _track(self, logits: Tensor, log_ratio: Tensor, target: Tensor) -> None:
+        """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records.
+
+        In place, and with as few operations as it takes: on a fast device the host's time for each is what counts.
+        """
+        new = ess(log_ratio)  # that of the logits, which autocast leaves in half precision
+        if self.ess is None:
+            self.ess = new
         else:
-            self._new_counts = counts.scatter_add(0, target.long(), counts.new_ones(len(target)))
+            self.ess.lerp_(new, max(self.momentum, 1 / (self.steps + 1)))
+        self._count(target, like=new)
         if self.queue_size:
             past = logits if self.queue is None else torch.cat([logits, self.queue])
             self.queue = past[: self.queue_size]
         recording = self.steps % RECORD_EVERY == 0
-        if recording or self.steps < RECORD_EVERY:  # a short phase must not take its priors from a single batch
-            self._record(with_ess=recording)
+        if self.generative_loss.distributed and (recording or self.steps < RECORD_EVERY):
+            self._share(with_ess=recording)  # in a short phase, too: its priors must not be those of a single batch
+        elif recording:
+            self.ess_history.append(self.ess.mean().item())
         self.steps += 1
 
-    def _record(self, with_ess: bool) -> None:
+    def _count(self, target: Tensor, like: Tensor) -> None:
+        """Count the images of each class: for good, or, with other ranks, until the counts are shared."""
+        name = '_new_counts' if self.generative_loss.distributed else 'class_counts'
+        if getattr(self, name) is None:
+            setattr(self, name, torch.zeros_like(like))
+        counts = getattr(self, name)
+        if target.is_floating_point():
+            counts += target.sum(0)
+        else:
+            counts.scatter_(0, target.long(), 1, reduce='add')
+
+    def _share(self, with_ess: bool) -> None:
+        """Add the ranks' new counts to class_counts and, if asked, their ESS to the history."""
         assert self.ess is not None
         assert self._new_counts is not None
         record = torch.cat([self._new_counts, self.ess.mean()[None]]) if with_ess else self._new_counts
-        if self.generative_loss.distributed:
-            dist.all_reduce(record)
+        dist.all_reduce(record)
         new_counts = record[: len(self.ess)]
         self.class_counts = new_counts if self.class_counts is None else self.class_counts + new_counts
         self._new_counts = None
@@ -352,6 +368,7 @@ class GenerativeTask(ClassificationTask):
             state['bias'] = {name: bias.detach().clone() for name, bias in self._biases(ema).items()}
         if not ema:
             state.update({name: getattr(self, name) for name in _STATE}, new_counts=self._new_counts)
+            state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}  # steps change them in place
             state['switch_epoch'] = self.switch_epoch
         elif self.calibrates:
             state['intercepts'] = self._ema_intercepts
@@ -385,12 +402,14 @@ class GenerativeTask(ClassificationTask):
                 )
             for name in _STATE:
                 value = state[name]
-                setattr(self, name, value.to(self.device) if isinstance(value, Tensor) else value)
+                setattr(self, name, value.to(self.device, copy=True) if isinstance(value, Tensor) else value)
             self.switch_epoch = state.get('switch_epoch')  # unknown to 0.1.0
-            new_counts = state['new_counts']
-            self._new_counts = None if new_counts is None else new_counts.to(self.device)
+            self._new_counts = None
+            if state['new_counts'] is not None:  # of the first rank: those of the others are lost
+                new_counts = state['new_counts'].to(self.device)
+                self.class_counts = new_counts if self.class_counts is None else self.class_counts + new_counts
             if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-                self.queue = self._new_counts = None  # those in the checkpoint are the first rank's own
+                self.queue = None  # that in the checkpoint is the first rank's own
         else:
             averaged = state.get('intercepts')  # unknown to 0.1.0, and to a run without averaged weights
             self._ema_intercepts = None if averaged is None else averaged.to(self.device)
