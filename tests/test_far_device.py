@@ -15,7 +15,9 @@ import torch.distributed as dist
 from far_device import far_device, is_far
 from pictures import draw_bars
 from PIL import Image
+from timm.task import ClassificationTask
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_gencnn import (
     as_generative,
@@ -393,6 +395,43 @@ def test_steps_of_the_task_never_wait(one_rank, kwargs):
         (weights,) = (v for k, v in state.items() if k.startswith('state_dict'))
         (same,) = (v for k, v in expected.get_checkpoint_state(ema=bool(ema)).items() if k.startswith('state_dict'))
         assert all(torch.equal(v, same[k]) for k, v in weights.items())
+
+
+class Started(TorchDispatchMode):
+    """Counts the operators that a device has to start: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def operators(make, half, step, **kwargs):
+    """How many the forward and backward pass of one step issue."""
+    with Started() as started, far_device():
+        task = make(Net().to('cuda'), verbose=False, **kwargs)
+        x, y = (t.to('cuda') for t in next(batches(1)))
+        task(x, y)['loss'].backward()  # the first step makes what the others keep
+        task.steps = step
+        started.count = 0
+        with torch.autocast('cuda', torch.bfloat16, enabled=half):
+            loss = task(x, y)['loss']
+        loss.backward()
+    return started.count
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('step', [1, 150])
+def test_a_generative_step_issues_few_operators_more_than_a_discriminative_one(half, step):
+    """Each costs the host 10 to 20 microseconds, which a fast device waits for.
+
+    log n, log Z of the batch, three for the running log Z, four for the ESS and one for the counts.
+    """
+    discriminative = operators(ClassificationTask, half, step)
+    assert discriminative > 20  # control
+    assert operators(GenerativeTask, half, step, phase='GG') <= discriminative + 10
+    assert operators(GenerativeTask, half, step, phase='GG', queue=8) > discriminative + 10  # control
 
 
 @pytest.mark.parametrize('how', ['loaded', 'moved', 'moved after loading'])

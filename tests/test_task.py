@@ -435,6 +435,32 @@ def test_a_resumed_run_is_bit_equal(tmp_path, kwargs, monkeypatch):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def test_later_steps_leave_a_state_alone():
+    first, second = make(queue=20), make(queue=20)
+    train(first, 3)
+    state = first.get_task_state()
+    before = copy.deepcopy(state)
+    second.load_task_state(state)
+    alpha, known = first.intercepts(), first.intercepts().clone()
+    for task in (first, second):
+        train(task, 3, first=3)
+        assert task.class_counts.sum() == 6 * N
+    assert torch.equal(alpha, known)
+    for name, value in before.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: str(a) == str(b)
+        assert same(state[name], value), name
+
+
+def test_counts_that_a_rank_had_not_shared_are_kept():
+    """By whatever number of ranks goes on."""
+    first, second = make(), make()
+    train(first, 2)
+    second.load_task_state(first.get_task_state() | {'new_counts': torch.arange(C)})
+    assert torch.equal(second.class_counts, first.class_counts + torch.arange(C))
+    train(second, 1)
+    assert second.get_task_state()['new_counts'] is None
+
+
 def test_state_of_another_task_is_refused():
     with pytest.raises(ValueError, match='not written by a GenerativeTask'):
         make().load_task_state({'teacher': 1})
