@@ -368,9 +368,8 @@ class GenerativeTask(ClassificationTask):
             state['bias'] = {name: bias.detach().clone() for name, bias in self._biases(ema).items()}
         if not ema:
             state.update({name: getattr(self, name) for name in _STATE}, new_counts=self._new_counts)
-            state = {
-                k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()
-            }  # steps change them in place
+            # copies, for steps change them in place
+            state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
             state['switch_epoch'] = self.switch_epoch
         elif self.calibrates:
             state['intercepts'] = self._ema_intercepts
