@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .generative import head_biases
 from .loss import GenerativeLoss, ess, log_mean_exp
+from .running import RunningMean
 
 _logger = logging.getLogger(__name__)
 
@@ -131,18 +132,37 @@ class GenerativeTask(ClassificationTask):
         self.steps = 0
         self.switch_step: int | None = None
         self.switch_epoch: float | None = None  # for the training loop, which alone knows how long an epoch is
-        self.log_z: Tensor | None = None  # running mean of Z_y, as a logarithm [C]
-        self.ess: Tensor | None = None  # running mean [C]
+        self._log_z = RunningMean(logarithms=True)
+        self._ess = RunningMean()
         self.ess_history: list[float] = []
         self.class_counts: Tensor | None = None  # images of each class so far [C], over all ranks
         self.queue: Tensor | None = None
         self._new_counts: Tensor | None = None  # those of this rank, not yet added to class_counts
         self._ema_intercepts: Tensor | None = None  # [C]
 
+    @property
+    def log_z(self) -> Tensor | None:
+        """Running mean of Z_y, as a logarithm [C]."""
+        return self._log_z.get()
+
+    @log_z.setter
+    def log_z(self, value: Tensor | None) -> None:
+        self._log_z.set(value)
+
+    @property
+    def ess(self) -> Tensor | None:
+        """Running mean of the batches' ESS [C]."""
+        return self._ess.get()
+
+    @ess.setter
+    def ess(self, value: Tensor | None) -> None:
+        self._ess.set(value)
+
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> 'GenerativeTask':
         """Take the running estimates along to another device."""
         super()._apply(fn, *args, **kwargs)
-        for name, value in vars(self).items():
+        for name in (*_STATE, '_new_counts', '_ema_intercepts'):
+            value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(self.device))
         return self
@@ -200,31 +220,27 @@ class GenerativeTask(ClassificationTask):
 
     def _update_log_z(self, new: Tensor | None) -> None:
         """Z_y <- (1 - rate) Z_y + rate (this batch's Z_y)."""
-        rate = max(self.momentum, RECENT / (self.steps + RECENT))
-        if self.log_z is None or new is None or rate == 1:
-            self.log_z = new
-        else:
-            self.log_z = torch.logaddexp(self.log_z + math.log1p(-rate), new + math.log(rate))
+        assert new is not None
+        self._log_z.add(new, max(self.momentum, RECENT / (self.steps + RECENT)))
 
     def _track(self, logits: Tensor, log_ratio: Tensor, target: Tensor) -> None:
         """Update what the intercepts and the automatic switch need. Talks to the other ranks only when it records.
 
-        In place, and with as few operations as it takes: on a fast device the host's time for each is what counts.
+        With as few operations as it takes: on a fast device the host's time for each is what counts.
         """
         new = ess(log_ratio)  # that of the logits, which autocast leaves in half precision
-        if self.ess is None:
-            self.ess = new
-        else:
-            self.ess.lerp_(new, max(self.momentum, 1 / (self.steps + 1)))
+        self._ess.add(new, max(self.momentum, 1 / (self.steps + 1)))
         self._count(target, like=new)
         if self.queue_size:
             past = logits if self.queue is None else torch.cat([logits, self.queue])
             self.queue = past[: self.queue_size]
         recording = self.steps % RECORD_EVERY == 0
+        if recording:
+            self._log_z.get()  # or it would keep all batches until the end of the epoch
         if self.generative_loss.distributed and (recording or self.steps < RECORD_EVERY):
             self._share(with_ess=recording)  # in a short phase, too: its priors must not be those of a single batch
         elif recording:
-            self.ess_history.append(self.ess.mean().item())
+            self.ess_history.append(self._mean_ess().item())
         self.steps += 1
 
     def _count(self, target: Tensor, like: Tensor) -> None:
@@ -240,15 +256,19 @@ class GenerativeTask(ClassificationTask):
 
     def _share(self, with_ess: bool) -> None:
         """Add the ranks' new counts to class_counts and, if asked, their ESS to the history."""
-        assert self.ess is not None
         assert self._new_counts is not None
-        record = torch.cat([self._new_counts, self.ess.mean()[None]]) if with_ess else self._new_counts
+        record = torch.cat([self._new_counts, self._mean_ess()[None]]) if with_ess else self._new_counts
         dist.all_reduce(record)
-        new_counts = record[: len(self.ess)]
+        new_counts = record[: len(self._new_counts)]
         self.class_counts = new_counts if self.class_counts is None else self.class_counts + new_counts
         self._new_counts = None
         if with_ess:
             self.ess_history.append(record[-1].item())
+
+    def _mean_ess(self) -> Tensor:
+        """Over the classes."""
+        assert self.ess is not None
+        return self.ess.mean()
 
     def _is_time_to_switch(self) -> bool:
         if self.phase != 'GG+DG':
