@@ -44,9 +44,9 @@ RESTARTED = '--phase GG+DG --hybrid 0.999999'
 
 def phases(unlabeled: bool = False, learned: Sequence[str] = ()) -> dict[str, str]:
     """Rows of a table: their names, and the flags of `gencnn train`."""
-    rows = {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')}
+    rows = {phase: f'--phase {phase}' for phase in ('DG', 'GG', 'GG+DG')} | {'DG, restarted': RESTARTED}
     if not unlabeled:
-        return rows | {'hybrid': '--phase GG --hybrid 0.5', 'DG, restarted': RESTARTED}
+        return rows | {'hybrid': '--phase GG --hybrid 0.5'}
     pool = {f'{phase}, pool': f'{rows[phase]} --unlabeled-dataset {{dataset}}' for phase in ('GG', 'GG+DG')}
     return rows | pool | {f'{phase}, learned': f'{pool[f"{phase}, pool"]} --unlabeled-weight 1' for phase in learned}
 
