@@ -155,10 +155,9 @@ def test_weights_come_back_after_an_error(resnet):
 # Batch norms as a product and a sum
 
 
-@pytest.mark.parametrize(
-    'name', ['test_resnet', 'test_efficientnet']
-)  # torch's batch norm, and timm's with what follows
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet'])
 def test_affine_batch_norms_are_batch_norms(name):
+    """torch's own, and timm's with what follows."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval().requires_grad_(False)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

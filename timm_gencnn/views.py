@@ -228,9 +228,8 @@ def reading(
     """
     index = torch.arange(size, dtype=side.dtype, device=side.device)
     share, place = (torch.as_tensor(v, dtype=side.dtype, device=side.device).expand_as(side) for v in (share, place))
-    read = (index + 0.5 - (size * (1 - share) * place)[..., None]) / share[
-        ..., None
-    ]  # in units of the stretch's samples
+    offset = (size * (1 - share) * place)[..., None]
+    read = (index + 0.5 - offset) / share[..., None]  # in units of the stretch's samples
     inside = (read > 0) & (read < size)
     if mirror is not None:
         read = torch.where(mirror[..., None], size - read, read)
