@@ -1,5 +1,6 @@
 """The gencnn command: what it prints, what it writes, how it fails."""
 
+import os
 import subprocess
 import sys
 
@@ -204,6 +205,15 @@ def test_nodes_lists_layers(capsys):
     printed = capsys.readouterr().out
     for layer in ('conv1', 'conv2', 'fc1', 'fc2'):
         assert layer in printed
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, '-m', 'timm_gencnn.cli', 'nodes', LENET]
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, '')
 
 
 def test_version_and_help(capsys):

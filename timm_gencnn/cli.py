@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0, 2 for bad input or a node that fails (one line on stderr, no traceback), 130 after Ctrl-C.
+        Exit status: 0, 2 for bad input or a node that fails (one line on stderr, no traceback), 130 after Ctrl-C, 141
+        where nobody reads the output any more, as a shell has it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -61,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         module.main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; without this the exit would write, and complain, again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as e:
         print(f'gencnn {chosen}: error: {e}', file=sys.stderr)
         return 2
