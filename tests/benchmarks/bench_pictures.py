@@ -3,6 +3,8 @@
     python tests/benchmarks/bench_pictures.py --classes 40 --n 2 --steps 512 --size 160
     python tests/benchmarks/bench_pictures.py --tool lucent       # the rival; pip install torch-lucent
     python tests/benchmarks/bench_pictures.py --swap              # from MobileNet, judged by SqueezeNet
+    python tests/benchmarks/bench_pictures.py --strength 0.25     # a weaker answer than the default of 0.5
+    python tests/benchmarks/bench_pictures.py --contrast 1 0.6 0.4  # the same pictures, faded too
 
 Draws class pictures from SqueezeNet and asks MobileNet (../shared/networks): top-1, top-5, median rank of the asked
 class among 1000; the score as a multiple of that of the one real image of the class, and the share of the list's real
@@ -59,6 +61,12 @@ def ours(model, nodes, args):
     return torch.cat([draw(node).images for node in nodes])
 
 
+def faded(pixels, contrast):
+    """Pictures at a share of their contrast about their mean colour."""
+    mean = pixels.mean((2, 3), keepdim=True)
+    return mean + contrast * (pixels - mean)
+
+
 def lucent(model, layer, channels, args):
     """Its defaults: FFT parameterisation, decorrelated colours, standard transforms."""
     from lucent.optvis import objectives, param, render
@@ -87,9 +95,17 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--swap', action='store_true', help='draw from MobileNet, and ask SqueezeNet')
+    parser.add_argument('--strength', type=float, help='ours, of classes from 160 px on (default: 0.5)')
+    parser.add_argument(
+        '--contrast', type=float, nargs='+', default=[1.0], help='a line for each (default: %(default)s)'
+    )
     parser.add_argument('--out', help='PNG of all pictures')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.strength:
+        from timm_gencnn import views
+
+        views.PHOTOGRAPHS = views.PHOTOGRAPHS._replace(strength=args.strength)
     features = networks()
     model, judge = features
     scores = {  # of a picture for each class: SqueezeNet's before its ReLU
@@ -106,24 +122,30 @@ def main() -> None:
     seconds = (time.process_time() - began) / len(pixels)
     real = photographs(args.size)[CLASSES]
     labels = torch.tensor(classes).repeat_interleave(args.n)
-    with torch.no_grad():
-        own = scores[drawn](pixels).gather(1, labels[:, None])[:, 0]
-        usual = scores[drawn](real)[:, labels]  # of every real image, for the class of each picture
-        ratio = own / usual[torch.tensor(chosen).repeat_interleave(args.n), range(len(labels))]
-        above = (usual < own).float().mean()
-        logits = asked(normalize(pixels))
-        rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-        feature = lambda x: features[asked](normalize(x))  # noqa: E731
-        within = torch.stack([torch.pdist(f).mean() for f in feature(pixels).split(args.n)])  # NaN for one a class
-        variety = within.mean() / torch.pdist(feature(real)).mean()
-    saturated = ((pixels < 2 / 255) | (pixels > 253 / 255)).float().mean()
-    print(
-        f'{args.tool}: {len(classes)} classes x {args.n}, {args.steps} gradients, {args.size} px: '
-        f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, '
-        f'median rank {rank.median() + 1}, score {ratio.median():.1f} x real, '
-        f'above {100 * above:.0f} % of real images, saturated {100 * saturated:.1f} %, '
-        f'variety {variety:.2f}, {seconds:.0f} CPU s a picture'
-    )
+    for contrast in args.contrast:
+        shown = faded(pixels, contrast)
+        with torch.no_grad():
+            own = scores[drawn](shown).gather(1, labels[:, None])[:, 0]
+            usual = scores[drawn](real)[:, labels]  # of every real image, for the class of each picture
+            ratio = own / usual[torch.tensor(chosen).repeat_interleave(args.n), range(len(labels))]
+            above = (usual < own).float().mean()
+            logits = asked(normalize(shown))
+            rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+            feature = lambda x: features[asked](normalize(x))  # noqa: E731
+            within = torch.stack([torch.pdist(f).mean() for f in feature(shown).split(args.n)])  # NaN for one a class
+            variety = within.mean() / torch.pdist(feature(real)).mean()
+        saturated = ((shown < 2 / 255) | (shown > 253 / 255)).float().mean()
+        deviation, real_deviation = (x.std((2, 3)).mean() for x in (shown, real))
+        print(
+            f'{args.tool}: {len(classes)} classes x {args.n}, {args.steps} gradients, {args.size} px, '
+            f'contrast {contrast:g}: '
+            f'top-1 {(rank == 0).float().mean():.2f}, top-5 {(rank < 5).float().mean():.2f}, '
+            f'median rank {rank.median() + 1}, score {ratio.median():.1f} x real, '
+            f'above {100 * above:.0f} % of real images, saturated {100 * saturated:.1f} %, '
+            f'variety {variety:.2f}, s.d. of a channel {deviation:.2f} (real {real_deviation:.2f}), '
+            f'{seconds:.0f} CPU s a picture',
+            flush=True,
+        )
     if args.out:
         save_image(pixels, args.out, nrow=8 * args.n)
 
