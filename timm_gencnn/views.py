@@ -156,8 +156,8 @@ class Band(NamedTuple):
         """Non-negative matrices with at most k entries to a row that are not zero."""
         return cls(*matrices.topk(min(k, matrices.shape[2])))
 
-    def __matmul__(self, images: Tensor) -> Tensor:
-        """The product with images [n, C, columns, W]: [n, C, rows, W]."""
+    def from_left(self, images: Tensor) -> Tensor:
+        """matrix @ images [n, C, columns, W]: [n, C, rows, W]."""
         n, channels, height, width = images.shape
         first = height * torch.arange(n * channels, device=images.device).view(n, channels, 1, 1)
         index = (self.columns[:, None] + first).flatten(0, 2)
@@ -165,17 +165,24 @@ class Band(NamedTuple):
         rows = F.embedding_bag(index, images.reshape(-1, width), mode='sum', per_sample_weights=weights)
         return rows.view(n, channels, -1, width)
 
+    def from_right(self, images: Tensor) -> Tensor:
+        """images [n, C, H, columns] @ matrixᵀ: [n, C, H, rows]."""
+        return self.from_left(images.mT).mT.contiguous()
+
 
 class Dense(NamedTuple):
     """Matrices [n, rows, columns] as they are."""
 
     entries: Tensor
 
-    def __matmul__(self, images: Tensor) -> Tensor:
-        """The product with images [n, C, columns, W]: [n, C, rows, W]."""
+    def from_left(self, images: Tensor) -> Tensor:
+        """matrix @ images [n, C, columns, W]: [n, C, rows, W]."""
+        return self.entries[:, None] @ images
+
+    def from_right(self, images: Tensor) -> Tensor:
+        """images [n, C, H, columns] @ matrixᵀ: [n, C, H, rows]."""
         n, channels, height, width = images.shape
-        product = images.mT.reshape(n, channels * width, height) @ self.entries.mT
-        return product.view(n, channels, width, -1).mT
+        return (images.reshape(n, channels * height, width) @ self.entries.mT).view(n, channels, height, -1)
 
 
 Factor = Band | Dense
@@ -201,7 +208,7 @@ class Resample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, rows: Factor, rows_t: Factor, columns: Factor, columns_t: Factor) -> Tensor:
         ctx.back = rows_t, rows, columns_t, columns
-        return (columns @ (rows @ images).mT).mT.contiguous()
+        return columns.from_right(rows.from_left(images))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
