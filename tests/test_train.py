@@ -367,7 +367,7 @@ def test_a_full_disk_leaves_no_half_row_in_the_summary(
         error = failure(capsys, flags(images, tmp_path, *FULL))
     assert f'cannot write epoch {epoch} to {tmp_path}/run/summary.csv ([Errno 28] No space left on device)' in error
     assert kept.format(tmp_path / 'run') in error
-    assert error.endswith('; make room and go on with --resume auto')
+    assert error.endswith('; make room, or mend what it says, and go on with --resume auto')
     lines = (straight / 'summary.csv').read_text().splitlines()
     assert (tmp_path / 'run/summary.csv').read_text().splitlines() == (lines[: epoch + 1] if epoch else [])
     assert cli.main(flags(images, tmp_path, *FULL, '--resume', 'auto')) == 0

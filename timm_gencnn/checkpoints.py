@@ -102,7 +102,7 @@ def _last_one_kept(saver: CheckpointSaver, what: str, undo: Callable[[], object]
     except (OSError, RuntimeError) as error:
         with suppress(OSError):  # there is nothing to undo, or no way to; the first error says more
             undo()
-        kept = f'{describe(saver)}; make room and go on with --resume auto'
+        kept = f'{describe(saver)}; make room, or mend what it says, and go on with --resume auto'
         raise OSError(f'cannot write {what} ({error}): {kept}') from error
 
 
