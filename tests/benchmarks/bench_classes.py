@@ -12,10 +12,12 @@ r"""Are the pictures of a checkpoint's classes recognisable and varied? Judges t
         --model gencnn_resnet10_w16.gg_dg_cifar10 gencnn_resnet11_w64.gg_dg_cifar10 \
         --judges output/train/judge_cifar/last.pth.tar
 
-    gencnn train -c alexnet_in100 --dataset hfds/FOLDER/tiny_imagenet_100 --seed 0 --experiment alexnet
-    gencnn train -c resnet_in100 --dataset hfds/FOLDER/tiny_imagenet_100 --seed 0 --experiment resnet
-    python tests/benchmarks/bench_classes.py --data FOLDER --model gencnn_resnet10_w32_s2.gg_dg_in100 --n 2 \
-        --judges output/train/alexnet/last.pth.tar  # and the other way round
+    gencnn train -c resnet_in100 --model test_resnet --num-classes 100 --input-size 3 64 64 --crop-pct 1 \
+        --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --no-amp --phase DG --epochs 12 --seed 7 \
+        --dataset hfds/FOLDER/tiny_imagenet_100 --experiment judge_in100
+    python tests/benchmarks/bench_classes.py --data FOLDER --n 2 \
+        --model gencnn_resnet10_w32_s2.gg_dg_in100 gencnn_alexnet_small.gg_dg_in100 \
+        --judges output/train/judge_in100/last.pth.tar
 
 For each checkpoint, of the zoo by its name or of a run by its file (output/train/RUN/last.pth.tar): pictures of each
 class at 500 image gradients a chain. Prints the median score beside that of test images of the same classes (a score

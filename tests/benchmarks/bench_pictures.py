@@ -3,7 +3,6 @@
     python tests/benchmarks/bench_pictures.py --classes 40 --n 2 --steps 512 --size 160
     python tests/benchmarks/bench_pictures.py --tool lucent       # the rival; pip install torch-lucent
     python tests/benchmarks/bench_pictures.py --swap              # from MobileNet, judged by SqueezeNet
-    python tests/benchmarks/bench_pictures.py --strength 0.25     # a weaker answer than the default of 0.5
     python tests/benchmarks/bench_pictures.py --contrast 1 0.6 0.4  # the same pictures, faded too
 
 Draws class pictures from SqueezeNet and asks MobileNet (../shared/networks): top-1, top-5, median rank of the asked
@@ -95,17 +94,12 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--swap', action='store_true', help='draw from MobileNet, and ask SqueezeNet')
-    parser.add_argument('--strength', type=float, help='ours, of classes from 160 px on (default: 0.5)')
     parser.add_argument(
         '--contrast', type=float, nargs='+', default=[1.0], help='a line for each (default: %(default)s)'
     )
     parser.add_argument('--out', help='PNG of all pictures')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.strength:
-        from timm_gencnn import views
-
-        views.PHOTOGRAPHS = views.PHOTOGRAPHS._replace(strength=args.strength)
     features = networks()
     model, judge = features
     scores = {  # of a picture for each class: SqueezeNet's before its ReLU
