@@ -216,6 +216,15 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert (result.returncode, result.stderr) == (141, '')
 
 
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    def broken(args):
+        raise BrokenPipeError(32, 'Broken pipe')
+
+    monkeypatch.setattr('timm_gencnn.listing.main', broken)
+    assert cli.main(['list']) == 2
+    assert 'gencnn list: error: [Errno 32] Broken pipe' in capsys.readouterr().err
+
+
 def test_version_and_help(capsys):
     assert cli.main(['--version']) == 0
     assert cli.main([]) == 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 from .config_file import ConfigParser
 
+STDOUT = 1
 COMMANDS = {
     'visualize': ('visualize', 'draw images for nodes of a network'),
     'gallery': ('gallery', 'draw many nodes into one HTML page'),
@@ -64,16 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module.main(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; without this the exit would write, and complain, again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (ValueError, OSError) as e:
+        if isinstance(e, BrokenPipeError) and not _is_read(STDOUT):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # else the exit would write once more
+            return 141
         print(f'gencnn {chosen}: error: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'gencnn {chosen}: interrupted', file=sys.stderr)
         return 130
     return 0
+
+
+def _is_read(pipe: int) -> bool:
+    """Whether anybody can still read what is written there: other pipes, to workers and servers, break too."""
+    if not hasattr(select, 'poll'):  # Windows
+        return True
+    watch = select.poll()
+    watch.register(pipe, 0)
+    return not any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 if __name__ == '__main__':
