@@ -116,18 +116,20 @@ def main() -> None:
     seconds = (time.process_time() - began) / len(pixels)
     real = photographs(args.size)[CLASSES]
     labels = torch.tensor(classes).repeat_interleave(args.n)
+    feature = lambda x: features[asked](normalize(x))  # noqa: E731
+    with torch.no_grad():
+        usual = scores[drawn](real)[:, labels]  # of every real image, for the class of each picture
+        usual_distance = torch.pdist(feature(real)).mean()
     for contrast in args.contrast:
         shown = faded(pixels, contrast)
         with torch.no_grad():
             own = scores[drawn](shown).gather(1, labels[:, None])[:, 0]
-            usual = scores[drawn](real)[:, labels]  # of every real image, for the class of each picture
             ratio = own / usual[torch.tensor(chosen).repeat_interleave(args.n), range(len(labels))]
             above = (usual < own).float().mean()
             logits = asked(normalize(shown))
             rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-            feature = lambda x: features[asked](normalize(x))  # noqa: E731
             within = torch.stack([torch.pdist(f).mean() for f in feature(shown).split(args.n)])  # NaN for one a class
-            variety = within.mean() / torch.pdist(feature(real)).mean()
+            variety = within.mean() / usual_distance
         saturated = ((shown < 2 / 255) | (shown > 253 / 255)).float().mean()
         deviation, real_deviation = (x.std((2, 3)).mean() for x in (shown, real))
         print(
